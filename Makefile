@@ -1,0 +1,39 @@
+# `make` lists the targets. Everything runs in .venv, which is made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help run test check bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+run: $(VENV)/.demo ## the service on DATABASE_URL, or without one the demo
+	@if [ -n "$$DATABASE_URL$$PGHOST$$PGSERVICE" ] || grep -qsE '^(DATABASE_URL|PGHOST|PGSERVICE)=.' .env; \
+	then exec $(BIN)/listener run; else exec $(BIN)/listener demo; fi
+
+test: $(VENV)/.dev ## the whole suite against an ephemeral Postgres
+	$(BIN)/pytest
+
+check: $(VENV)/.dev ## what CI runs: ruff, mypy, pytest
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+bench: $(VENV)/.dev ## the measurements, into _reports/
+	$(BIN)/python -m bench
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+
+# Two stamps: the demo needs no linters, and `make test` after `make run` adds only what is missing.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.demo

@@ -1,0 +1,60 @@
+"""`listener backfill`: queue what lacks a current embedding, then follow the drain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from listener.queue import Queue
+
+_PAGE = 2_000
+
+
+@dataclass(frozen=True)
+class Queued:
+    """What a backfill looked at and queued."""
+
+    scanned: int
+    queued: int
+
+
+def queue_events(
+    queue: Queue,
+    model: str,
+    last: int | None,
+    since: datetime | None,
+    progress: Callable[[int, int], None],
+) -> Queued:
+    """Sweep the newest `last` events (None: all), page by page, each page its own transaction.
+
+    Stopped and run again, it finds what it queued already queued. `progress` gets the counts.
+    """
+    scanned = queued = 0
+    start: str | None = None
+    while last is None or scanned < last:
+        events = _PAGE if last is None else min(_PAGE, last - scanned)
+        page = queue.sweep(model, start, events, since)
+        scanned, queued, start = scanned + page.scanned, queued + page.queued, page.next_from
+        progress(scanned, queued)
+        queue.notify()
+        if start is None:
+            break
+    return Queued(scanned, queued)
+
+
+def follow(
+    queue: Queue,
+    progress: Callable[[int, float], None],
+    is_over: Callable[[], bool],
+    seconds: float,
+) -> None:
+    """Report what is left and the rate in events a second until nothing is, or `is_over`."""
+    first, began = queue.pending(), time.monotonic()
+    left = first
+    while left and not is_over():
+        time.sleep(seconds)
+        left = queue.pending()
+        rate = (first - left) / (time.monotonic() - began)
+        progress(left, max(rate, 0.0))

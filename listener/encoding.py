@@ -1,0 +1,126 @@
+"""What the model's thread does: each distinct text once, and the bad ones found among the good."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from listener.catalogue import DIMENSION
+from listener.embedder import Embedder
+from listener.errors import EmbeddingError, ModelFault
+
+Vector = NDArray[np.float32]
+
+_KNOWN_TEXT = "pump 7 reports a temperature of 71 degrees"
+_UNIT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One result per text, in order; how many texts the model saw and how many were reused."""
+
+    results: list[Vector | EmbeddingError]
+    encoded: int
+    reused: int
+
+
+class Encoder:
+    """Owns the model: one thread, a bounded memory of vectors by text."""
+
+    def __init__(self, embedder: Embedder, batch_tokens: int, cache_texts: int) -> None:
+        """`batch_tokens` bounds one pass of the model, `cache_texts` the memory."""
+        self._embedder = embedder
+        self._batch_tokens = batch_tokens
+        self._cache_texts = cache_texts
+        self._cache: OrderedDict[str, Vector] = OrderedDict()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+
+    @property
+    def fingerprint(self) -> str:
+        """What is stored as `model` beside each vector."""
+        return self._embedder.fingerprint
+
+    def submit(self, texts: Sequence[str]) -> Future[Encoded]:
+        """Encode on the model's thread. The future raises ModelFault if the model can't run."""
+        return self._thread.submit(self.encode, texts)
+
+    def close(self) -> None:
+        """Wait for the pass in hand and end the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Encode now, in the caller's thread; each distinct text that isn't remembered, once."""
+        known: dict[str, Vector | EmbeddingError] = {}
+        for text in set(texts) & self._cache.keys():
+            self._cache.move_to_end(text)
+            known[text] = self._cache[text]
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        for group in self._groups(missing):
+            known.update(zip(group, self._encode_group(group), strict=True))
+        if any(isinstance(known[text], EmbeddingError) for text in missing):
+            self._require_working_model()
+        self._remember(known)
+        return Encoded([known[text] for text in texts], len(missing), len(texts) - len(missing))
+
+    def _groups(self, texts: list[str]) -> Iterator[list[str]]:
+        """Texts of like length together, so that padding is small, within the token budget."""
+        group: list[str] = []
+        for text in sorted(texts, key=_rough_tokens, reverse=True):
+            # The longest comes first and sets the padded length of its group.
+            if group and (len(group) + 1) * self._padded(group[0]) > self._batch_tokens:
+                yield group
+                group = []
+            group.append(text)
+        if group:
+            yield group
+
+    def _padded(self, text: str) -> int:
+        return min(_rough_tokens(text), self._embedder.max_tokens or _rough_tokens(text))
+
+    def _encode_group(self, texts: list[str]) -> list[Vector | EmbeddingError]:
+        """Halve a group that fails until the texts that cause it stand alone."""
+        try:
+            vectors = self._embedder.encode(texts)
+        except Exception as error:  # noqa: BLE001  any library error; the halves tell whose it is
+            if len(texts) == 1:
+                return [EmbeddingError(f"{type(error).__name__}: {error}")]
+            half = len(texts) // 2
+            return self._encode_group(texts[:half]) + self._encode_group(texts[half:])
+        if vectors.shape != (len(texts), DIMENSION):
+            raise ModelFault(
+                f"the model gave an array of {vectors.shape} for {len(texts)} texts, "
+                f"not {DIMENSION} numbers each"
+            )
+        return [_checked(vector) for vector in vectors]
+
+    def _require_working_model(self) -> None:
+        """Some texts failed. If a known good one fails too, it is not the texts."""
+        result = self._encode_group([_KNOWN_TEXT])[0]
+        if isinstance(result, EmbeddingError):
+            raise ModelFault(f"the model can't encode even a known text: {result}")
+
+    def _remember(self, known: dict[str, Vector | EmbeddingError]) -> None:
+        for text, result in known.items():
+            if not isinstance(result, EmbeddingError):
+                self._cache[text] = result
+        while len(self._cache) > self._cache_texts:
+            self._cache.popitem(last=False)
+
+
+def _rough_tokens(text: str) -> int:
+    """Close enough to budget by: English has 4 to 5 bytes a token, Chinese 3."""
+    return len(text.encode()) // 4 + 2
+
+
+def _checked(vector: Vector) -> Vector | EmbeddingError:
+    if not np.isfinite(vector).all():
+        return EmbeddingError("the model gave a vector with NaN or infinity")
+    length = float(np.linalg.norm(vector))
+    if abs(length - 1) > _UNIT_TOLERANCE:
+        return EmbeddingError(f"the model gave a vector of length {length:.4f} instead of 1")
+    return vector

@@ -1,0 +1,47 @@
+"""The error tree. A class says what happens next, never only what went wrong.
+
+ListenerError            one clear line on stderr
+├── ConfigError       exit 2: a setting or the model; a human must act
+├── SchemaError       exit 3: something that `listener install` or the owner provides is missing
+├── ConnectionLost    back off, connect again, LISTEN, drain
+├── EmbeddingError    one event's fault: try it again later, in the end park it
+└── ModelFault        the model's fault: nothing is parked, leases are given back, wait
+"""
+
+from __future__ import annotations
+
+
+class ListenerError(Exception):
+    """Base of all errors whose message is written for the operator."""
+
+    exit_code = 1
+
+
+class ConfigError(ListenerError):
+    """A setting, the model or the reach of the database must be put right by a human."""
+
+    exit_code = 2
+
+
+class SchemaError(ListenerError):
+    """The database's objects or rights are not what the listener needs."""
+
+    exit_code = 3
+
+
+class ConnectionLost(ListenerError):
+    """The connection is gone or the server can't serve now; a new connection may work.
+
+    A command that isn't the service ends with it; then reaching the database is a matter of
+    configuration.
+    """
+
+    exit_code = 2
+
+
+class EmbeddingError(ListenerError):
+    """This one event can't be embedded; its batch mates can."""
+
+
+class ModelFault(ListenerError):
+    """The model can't embed even a known text, so no event is to blame."""

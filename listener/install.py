@@ -1,0 +1,338 @@
+"""Install and uninstall: which steps the database still needs, and all of them or none."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from psycopg import errors, sql
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from listener.catalogue import (
+    DIMENSION,
+    KEY_TYPES,
+    OLDEST_SERVER,
+    Column,
+    Facts,
+    read_facts,
+)
+from listener.database import Connection, translated
+from listener.errors import SchemaError
+from listener.wakeup import GATE_KEY
+
+_APPLIED = "select a.file, a.digest, a.columns from listener.applied a"
+_RECORD_APPLIED = """
+insert into listener.applied as a (file, digest, columns)
+values (%(file)s, %(digest)s, %(columns)s)
+on conflict (file) do update set
+  digest = excluded.digest,
+  columns = excluded.columns,
+  applied_at = now()
+"""
+_INPUT_FILE = "003_embedding_input.sql"
+_OWNER_FILE = "006_owner.sql"
+_TRIGGERS_FILE = "007_triggers.sql"
+# A writer waits behind an install that waits for its lock, so the install gives up and comes again.
+_LOCK_TIMEOUT = "set local lock_timeout = '2s'"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One file of `sql/` with its placeholders filled in."""
+
+    file: str
+    text: str
+    columns: tuple[str, ...] | None = None
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the text, hex."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def reason(self) -> str:
+        """The file's opening comment."""
+        lines = []
+        for line in self.text.splitlines():
+            if not line.startswith("--"):
+                break
+            lines.append(line.removeprefix("--").strip())
+        return " ".join(lines)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an install would do, in order, and what to tell about it."""
+
+    steps: tuple[Step, ...]
+    notes: tuple[str, ...]
+
+
+def sql_text(file: str) -> str:
+    """A file of `sql/`: inside an installed package, else beside it in a clone."""
+    package = Path(__file__).parent
+    inside = package / "sql" / file
+    return (inside if inside.exists() else package.parent / "sql" / file).read_text("utf-8")
+
+
+def sql_files() -> list[str]:
+    """The numbered files of an install, in order."""
+    package = Path(__file__).parent
+    inside = package / "sql"
+    folder = inside if inside.is_dir() else package.parent / "sql"
+    return sorted(path.name for path in folder.glob("0*.sql"))
+
+
+def require_installable(facts: Facts) -> None:
+    """Raise SchemaError at the first thing that makes an install impossible."""
+    for problem in (_server_problem(facts), _events_problem(facts), _rights_problem(facts)):
+        if problem:
+            raise SchemaError(problem)
+
+
+def _server_problem(facts: Facts) -> str | None:
+    if facts.server_version < OLDEST_SERVER:
+        version = facts.server_version // 10000
+        return f"the server is PostgreSQL {version}; 15 is the oldest that works"
+    if facts.encoding != "UTF8":
+        return f"database {facts.database} is encoded in {facts.encoding}; UTF8 is needed"
+    if facts.read_only:
+        return "the server is read-only (a standby?); connect to the primary"
+    if facts.vector_schema is None and not facts.vector_available:
+        return "the extension pgvector is not on this server; install its package, then run again"
+    return None
+
+
+def _events_problem(facts: Facts) -> str | None:
+    if facts.events_kind is None:
+        return f"database {facts.database} has no table public.iot_events; create it first"
+    if facts.events_kind not in ("r", "p"):
+        return "public.iot_events is not a table, and only a table takes the triggers and the key"
+    if facts.key is None or facts.key.type not in KEY_TYPES:
+        found = "missing" if facts.key is None else facts.key.type
+        return f"iot_events.id is {found}; it must be one of {', '.join(KEY_TYPES)}"
+    if not facts.key_is_unique or not facts.key.not_null:
+        return "iot_events.id has no primary key or unique constraint of its own; add one"
+    if facts.embeddings_type and not facts.embeddings_type.endswith(f"vector({DIMENSION})"):
+        return (
+            f"public.event_embeddings.embedding is {facts.embeddings_type}, "
+            f"not vector({DIMENSION}); drop or rename that table"
+        )
+    return None
+
+
+def _rights_problem(facts: Facts) -> str | None:
+    if not facts.owns_events:
+        return f"role {facts.role} doesn't own public.iot_events; install as its owner"
+    if not facts.installed and not facts.may_create_schema:
+        return (
+            f"role {facts.role} may not create a schema; "
+            f"grant create on database {facts.database} to {facts.role}"
+        )
+    if facts.embeddings_type is None and not facts.may_create_in_public:
+        return (
+            f"role {facts.role} may not create tables in schema public; "
+            f"grant create on schema public to {facts.role}"
+        )
+    return None
+
+
+def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) -> Plan:
+    """The steps whose file changed since it was applied, or whose result is gone.
+
+    `columns` None keeps the columns of the last install, or takes the default.
+    """
+    with translated():
+        rows = conn.execute(_APPLIED).fetchall() if facts.installed else []
+    applied = {file: digest for file, digest, _ in rows}
+    earlier = next((kept for file, _, kept in rows if file == _INPUT_FILE), None)
+    notes: list[str] = []
+
+    chosen = _choose_columns(facts, columns or earlier)
+    values = _placeholders(facts, chosen)
+    steps = []
+    if facts.vector_schema is None:
+        steps.append(Step("create extension", "create extension vector;"))
+    for file in sql_files():
+        text = _fill(sql_text(file), values)
+        step = Step(file, text, chosen if file == _INPUT_FILE else None)
+        if _is_needed(step, facts, applied, columns is not None, notes):
+            steps.append(step)
+    return Plan(tuple(steps), tuple(notes + _order_notes(facts)))
+
+
+def _is_needed(
+    step: Step, facts: Facts, applied: dict[str, str], columns_given: bool, notes: list[str]
+) -> bool:
+    changed = applied.get(step.file) != step.digest
+    if step.file == _OWNER_FILE:
+        if not (facts.may_create_role or facts.member_of_owner_role):
+            notes.append(
+                f"role {facts.role} can't create roles: the trigger functions stay its own "
+                "instead of listener_owner's"
+            )
+            return False
+        return changed or not facts.owner_role_exists
+    if step.file == _TRIGGERS_FILE:
+        return not facts.triggers_right
+    if step.file == _INPUT_FILE and facts.input_source is not None:
+        replaced = facts.input_source.strip() not in step.text
+        if replaced and not columns_given:
+            notes.append("listener.embedding_input was replaced by you; it is left as it is")
+        return replaced and columns_given
+    if step.file == "002_event_embeddings.sql" and facts.embeddings_type is None:
+        return True
+    return changed
+
+
+def _order_notes(facts: Facts) -> list[str]:
+    created = facts.created_at
+    if created is None or (created.leads_an_index and created.not_null):
+        return []
+    if facts.key is not None and facts.key.type in ("bigint", "integer"):
+        return [
+            "iot_events.created_at is nullable or has no index, so 'the last N events' goes by id"
+        ]
+    return [
+        "iot_events.created_at is nullable or has no index, so a sweep reads the whole table; "
+        "make it not null and create index concurrently on public.iot_events (created_at)"
+    ]
+
+
+def _choose_columns(facts: Facts, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    by_name = {column.name: column for column in facts.columns}
+    if wanted:
+        unknown = [name for name in wanted if name not in by_name]
+        if unknown:
+            raise SchemaError(
+                f"iot_events has no column {', '.join(unknown)}; it has {', '.join(by_name)}"
+            )
+        return tuple(wanted)
+    chosen = tuple(column.name for column in facts.columns if _is_text_like(column))
+    if not chosen:
+        raise SchemaError(
+            "iot_events has only keys, ids and timestamps; name what to embed with --columns"
+        )
+    return chosen
+
+
+def _is_text_like(column: Column) -> bool:
+    return not (
+        column.is_key
+        or column.is_foreign_key
+        or column.name == "id"
+        or column.name.endswith("_id")
+        or column.type.startswith(("timestamp", "bytea", "tsvector"))
+        or column.type.split(".")[-1] == "vector"
+    )
+
+
+def _placeholders(facts: Facts, columns: Sequence[str]) -> dict[str, str]:
+    assert facts.key is not None  # noqa: S101  require_installable has looked
+    vector_schema = sql.Identifier(facts.vector_schema or "public").as_string()
+    return {
+        "key_type": facts.key.type,
+        "vector_schema": vector_schema,
+        "vector": f"{vector_schema}.vector",
+        "gate_key": str(GATE_KEY),
+        "expression": _expression(columns),
+        **_order(facts, facts.key.type),
+    }
+
+
+def _expression(columns: Sequence[str]) -> str:
+    """The bare value of one column; `name: value` lines of several, without the empty ones."""
+    parts = {name: f"event.{sql.Identifier(name).as_string()}::text" for name in columns}
+    if len(parts) == 1:
+        return parts[columns[0]]
+    lines = [
+        f"{sql.Literal(name + ': ').as_string()} || nullif({part}, '')"
+        for name, part in parts.items()
+    ]
+    return "pg_catalog.concat_ws(\n    E'\\n',\n    " + ",\n    ".join(lines) + "\n  )"
+
+
+def _order(facts: Facts, key_type: str) -> dict[str, str]:
+    """How "newest first" is written: by created_at where there is one, else by key.
+
+    A created_at that is nullable or has no index would be read from end to end at each start; an
+    integer key is in nearly the same order and has an index, so it is taken instead.
+    """
+    created = facts.created_at
+    indexed = created is not None and created.not_null and created.leads_an_index
+    time = "coalesce(e.created_at, '-infinity')"
+    since = f"{time} >= coalesce(p_since, '-infinity')" if created else "p_since is null"
+    if created is None or (not indexed and key_type in ("bigint", "integer")):
+        return {
+            "newest_first": "e.id desc",
+            "position": "pg_catalog.jsonb_build_array(e.id)",
+            "from_position": f"e.id <= (v_from ->> 0)::{key_type}",
+            "in_time": since,
+        }
+    if indexed:
+        time = "e.created_at"
+        since = "e.created_at >= coalesce(p_since, '-infinity')"
+    return {
+        "newest_first": f"{time} desc, e.id desc",
+        "position": f"pg_catalog.jsonb_build_array({time}, e.id)",
+        "from_position": f"({time}, e.id) <= "
+        f"((v_from ->> 0)::{created.type}, (v_from ->> 1)::{key_type})",
+        "in_time": since,
+    }
+
+
+def _fill(text: str, values: dict[str, str]) -> str:
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", value)
+    return text
+
+
+def apply_plan(conn: Connection, plan: Plan) -> None:
+    """Run the steps in one transaction, again if a lock on iot_events is not to be had at once."""
+    attempts = Retrying(
+        retry=retry_if_exception_type(errors.LockNotAvailable),
+        wait=wait_random_exponential(multiplier=0.5, max=5),
+        stop=stop_after_attempt(10),
+        reraise=True,
+    )
+    with translated():
+        attempts(_apply_once, conn, plan.steps)
+
+
+def _apply_once(conn: Connection, steps: Sequence[Step]) -> None:
+    with conn.transaction():
+        conn.execute(_LOCK_TIMEOUT)
+        for step in steps:
+            conn.execute(step.text.encode())
+            if step.file[0].isdigit() and not step.file.startswith("9"):
+                recorded = {
+                    "file": step.file,
+                    "digest": step.digest,
+                    "columns": list(step.columns) if step.columns else None,
+                }
+                conn.execute(_RECORD_APPLIED, recorded)
+
+
+def verify(conn: Connection) -> Facts:
+    """Read the catalogue again and raise SchemaError unless everything is in place."""
+    facts = read_facts(conn)
+    if not (facts.installed and facts.embeddings_type and facts.input_source):
+        raise SchemaError("the listener is not installed in this database; run `listener install`")
+    if not facts.embeddings_type.endswith(f"vector({DIMENSION})"):
+        raise SchemaError(
+            f"public.event_embeddings.embedding is {facts.embeddings_type}; "
+            f"vector({DIMENSION}) is needed"
+        )
+    if not facts.triggers_right:
+        raise SchemaError(
+            "the triggers on iot_events are missing, disabled or altered; run `listener install`"
+        )
+    return facts
+
+
+def plan_uninstall(drop_embeddings: bool) -> Plan:
+    """The steps that take the listener out again."""
+    files = ["900_uninstall.sql"] + (["910_drop_embeddings.sql"] if drop_embeddings else [])
+    return Plan(tuple(Step(file, sql_text(file)) for file in files), ())

@@ -1,0 +1,314 @@
+"""Every statement that runs against an installed database; parameters only.
+
+All times are the database's clock. `event_id` comes and goes as the Python type of its key.
+"""
+
+from __future__ import annotations
+
+# --- connections -------------------------------------------------------------------------------
+
+VECTOR_SCHEMA = """
+select n.nspname
+from pg_catalog.pg_extension x
+join pg_catalog.pg_namespace n on n.oid = x.extnamespace
+where x.extname = 'vector'
+"""
+
+# --- wake-up -----------------------------------------------------------------------------------
+
+LISTEN = "listen listener"
+LISTEN_HELP = "listen listener_help"
+UNLISTEN_HELP = "unlisten listener_help"
+NOTIFY_HELP = "select pg_catalog.pg_notify('listener_help', '')"
+LISTEN_PROBE = "listen listener_probe"
+UNLISTEN_PROBE = "unlisten listener_probe"
+NOTIFY_PROBE = "select pg_catalog.pg_notify('listener_probe', %(token)s)"
+NOTIFY = "select pg_catalog.pg_notify('listener', '')"
+TRY_LOCK = "select pg_catalog.pg_try_advisory_lock(%(key)s)"
+UNLOCK = "select pg_catalog.pg_advisory_unlock(%(key)s)"
+
+# --- workers -----------------------------------------------------------------------------------
+
+# The lock comes before the row, so that a registered worker is never seen without its lock.
+NEW_WORKER = "select nextval('listener.worker_token')"
+LOCK_WORKER = "select pg_catalog.pg_advisory_lock(%(lock_class)s, %(worker)s::integer)"
+REGISTER_WORKER = """
+insert into listener.worker (worker, host, pid, model)
+values (%(worker)s, %(host)s, %(pid)s, %(model)s)
+"""
+SEE_WORKER = "update listener.worker set seen_at = now() where worker = %(worker)s"
+FORGET_WORKER = "delete from listener.worker where worker = %(worker)s"
+
+# A free lock means a dead session. Its events keep their lease, which marks them as claimed and
+# never answered, and go back to the place in line that they had.
+RELEASE_DEAD = """
+with dead as (
+  delete from listener.worker w
+  where w.worker <> %(worker)s
+    and pg_catalog.pg_try_advisory_xact_lock(%(lock_class)s, w.worker::integer)
+  returning w.worker
+), held as materialized (
+  select q.event_id
+  from listener.queue q
+  where q.lane in (0, 1)
+    and q.due_at > now()
+    and q.due_at < 'infinity'
+    and q.worker in (select d.worker from dead d)
+  for update skip locked
+)
+update listener.queue q
+set due_at = q.queued_at, worker = null
+from held h
+where q.event_id = h.event_id
+"""
+
+# --- queue -------------------------------------------------------------------------------------
+
+# Lease up to `events` due events, live before backfill. Events whose worker died are kept apart:
+# the first time a sixteenth of a batch, later alone, so that one that kills the process is found
+# while its mates finish; after the last attempt they are parked here.
+CLAIM = """
+with live as materialized (
+  select q.event_id, q.lane, q.due_at, q.lease, q.attempts
+  from listener.queue q
+  where q.lane = 0 and q.due_at <= now()
+  order by q.due_at
+  limit %(events)s
+  for update skip locked
+), backfill as materialized (
+  select q.event_id, q.lane, q.due_at, q.lease, q.attempts
+  from listener.queue q
+  where q.lane = 1 and q.due_at <= now()
+  order by q.due_at
+  limit (select %(events)s - count(*) from live)
+  for update skip locked
+), due as (
+  select
+    d.event_id,
+    row_number() over (order by d.lane, d.due_at) as place,
+    case when d.lease is null then 0 else d.attempts end as deaths
+  from (select * from live union all select * from backfill) d
+), taken as (
+  select d.event_id
+  from due d
+  where d.deaths = (select first.deaths from due first where first.place = 1)
+    and d.place <= case d.deaths
+      when 0 then %(events)s
+      when 1 then greatest(%(events)s / 16, 1)
+      else 1
+    end
+), token as materialized (
+  select nextval('listener.lease_token') as lease
+)
+update listener.queue q
+set
+  lease = case when q.attempts >= %(max_attempts)s then null else k.lease end,
+  worker = case when q.attempts >= %(max_attempts)s then null else %(worker)s::bigint end,
+  attempts = least(q.attempts + 1, %(max_attempts)s),
+  due_at = case
+    when q.attempts >= %(max_attempts)s then 'infinity'
+    else now() + %(lease_seconds)s * interval '1 second'
+  end,
+  error = case
+    when q.attempts >= %(max_attempts)s
+    then coalesce(q.error, 'its worker died or lost its lease on every attempt')
+    else q.error
+  end
+from taken t
+cross join token k
+where q.event_id = t.event_id
+returning q.event_id, q.lease, q.attempts
+"""
+
+# Version and text out of one snapshot, in a statement of its own: the claim locks the newest
+# version of a queue row but would read the event as of its start, and so could pair a new version
+# with an old text.
+READ = """
+select
+  q.event_id,
+  q.version,
+  e.id is null as is_deleted,
+  case when e.id is null then '' else coalesce(listener.embedding_input(e), '') end as input
+from listener.queue q
+left join public.iot_events e on e.id = q.event_id
+where q.event_id = any(%(event_ids)s)
+  and q.lease = %(lease)s
+"""
+
+# Store and acknowledge. The joins fence out a claim whose lease has passed to another worker, an
+# event that changed while it was encoded, and one deleted meanwhile. Rows that a writer holds are
+# skipped rather than waited for; they are about to change or go.
+WRITE = """
+with done as (
+  select *
+  from unnest(
+    %(event_ids)s, %(versions)s::integer[], %(hashes)s::bytea[], %(embeddings)s
+  ) as d (event_id, version, content_hash, embedding)
+), held as materialized (
+  select q.event_id, d.content_hash, d.embedding
+  from done d
+  join listener.queue q
+    on q.event_id = d.event_id
+    and q.version = d.version
+    and q.lease = %(lease)s
+  order by q.event_id
+  for update of q skip locked
+), alive as materialized (
+  select h.event_id, h.content_hash, h.embedding
+  from held h
+  join public.iot_events e on e.id = h.event_id
+  order by h.event_id
+  for key share of e skip locked
+), stored as (
+  insert into public.event_embeddings as m
+    (event_id, embedding, model, content_hash, embedded_at)
+  select a.event_id, a.embedding, %(model)s, a.content_hash, clock_timestamp()
+  from alive a
+  order by a.event_id
+  on conflict (event_id) do update set
+    embedding = excluded.embedding,
+    model = excluded.model,
+    content_hash = excluded.content_hash,
+    embedded_at = excluded.embedded_at
+  returning m.event_id
+)
+delete from listener.queue q
+using stored s
+where q.event_id = s.event_id
+returning q.event_id
+"""
+
+# A failed attempt: due again later, or parked after the last one.
+FAIL = """
+with held as materialized (
+  select q.event_id
+  from listener.queue q
+  where q.event_id = any(%(event_ids)s) and q.lease = %(lease)s
+  order by q.event_id
+  for update skip locked
+)
+update listener.queue q
+set
+  lease = null,
+  worker = null,
+  error = %(error)s,
+  due_at = case
+    when q.attempts >= %(max_attempts)s then 'infinity'
+    else now() + (0.5 + random()) * interval '1 second'
+      * least(3600, %(retry_seconds)s * 2 ^ (q.attempts - 1))
+  end
+from held h
+where q.event_id = h.event_id
+returning q.event_id, q.attempts, q.due_at = 'infinity' as parked
+"""
+
+# Give a claim back as if it had not been made.
+RELEASE = """
+with held as materialized (
+  select q.event_id
+  from listener.queue q
+  where q.event_id = any(%(event_ids)s) and q.lease = %(lease)s
+  order by q.event_id
+  for update skip locked
+)
+update listener.queue q
+set lease = null, worker = null, due_at = q.queued_at, attempts = greatest(q.attempts - 1, 0)
+from held h
+where q.event_id = h.event_id
+"""
+
+EXTEND = """
+with held as materialized (
+  select q.event_id
+  from listener.queue q
+  where q.event_id = any(%(event_ids)s) and q.lease = %(lease)s
+  order by q.event_id
+  for update skip locked
+)
+update listener.queue q
+set due_at = now() + %(lease_seconds)s * interval '1 second'
+from held h
+where q.event_id = h.event_id
+"""
+
+# Events that READ found deleted. Asked again with a fresh snapshot: one that came back with the
+# same id has a new version or is visible now, and stays.
+DISCARD = """
+delete from listener.queue q
+where q.event_id = any(%(event_ids)s)
+  and q.lease = %(lease)s
+  and not exists (select from public.iot_events e where e.id = q.event_id)
+"""
+
+# --- sweep -------------------------------------------------------------------------------------
+
+SWEEP = """
+select s.scanned, s.queued, s.next_from
+from listener.sweep(%(model)s, %(start)s, %(events)s, %(since)s) s
+"""
+
+# Parked events that were deleted; a full sweep also removes embeddings whose event is gone, which
+# can only be where triggers were off.
+DISCARD_PARKED = """
+delete from listener.queue q
+where q.lane in (0, 1)
+  and q.due_at = 'infinity'
+  and not exists (select from public.iot_events e where e.id = q.event_id)
+"""
+DELETE_ORPHANS = """
+delete from public.event_embeddings m
+where not exists (select from public.iot_events e where e.id = m.event_id)
+"""
+
+RETRY = """
+update listener.queue q
+set due_at = now(), attempts = 0, error = null
+where q.lane in (0, 1)
+  and q.due_at = 'infinity'
+  and (%(event_ids)s::text[] is null or q.event_id::text = any(%(event_ids)s::text[]))
+returning q.event_id
+"""
+
+# --- reading -----------------------------------------------------------------------------------
+
+# Counting stops at 100,000; beyond that the planner's estimate serves, so that status costs the
+# same on a table of any size.
+STATUS = """
+select
+  coalesce(
+    (select nullif(count(*), 100001)
+     from (select from public.event_embeddings limit 100001) counted),
+    (select c.reltuples::bigint from pg_catalog.pg_class c
+     where c.oid = 'public.event_embeddings'::regclass)
+  ) as embedded,
+  (select count(*) > 100000 from (select from public.event_embeddings limit 100001) counted)
+    as embedded_is_estimate,
+  (select count(*) from listener.queue q where q.due_at < 'infinity') as pending,
+  (select count(*) from listener.queue q where q.due_at = 'infinity') as parked,
+  (select extract(epoch from now() - min(q.queued_at))::float8
+   from listener.queue q where q.due_at < 'infinity') as oldest_pending_seconds,
+  (select q.error from listener.queue q where q.error is not null
+   order by q.due_at desc, q.queued_at desc limit 1) as last_error
+"""
+
+WORKERS = """
+select w.worker, w.host, w.pid, w.model, w.started_at, w.seen_at
+from listener.worker w
+order by w.worker
+"""
+
+COVERAGE = "select c.events, c.current from listener.coverage(%(model)s, %(last)s) c"
+
+PARKED = """
+select q.event_id, q.attempts, q.error
+from listener.queue q
+where q.lane in (0, 1) and q.due_at = 'infinity'
+order by q.queued_at
+limit %(limit)s
+"""
+
+DESCRIBE = "select * from listener.describe(%(event_id)s)"
+
+NEAREST = "select * from listener.nearest(%(embedding)s, %(model)s, %(limit)s)"
+
+PENDING = "select count(*) from listener.queue q where q.due_at < 'infinity'"

@@ -1,0 +1,220 @@
+"""The queue: claim, read, write, and every way in which a claim can end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+from numpy.typing import NDArray
+from psycopg import errors
+
+from listener import queries
+from listener.config import Settings
+from listener.database import Connection, translated
+
+EventId = int | str | UUID
+Vector = NDArray[np.float32]
+
+# What a single row can cause: bad data, a violated constraint, an exception raised in SQL.
+ROW_ERRORS = (errors.DataError, errors.IntegrityError, errors.RaiseException)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A claimed event: what to embed, and the version that the text belongs to."""
+
+    event_id: EventId
+    version: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An event whose attempt failed; parked if it was the last."""
+
+    event_id: EventId
+    attempts: int
+    parked: bool
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The events leased together under one token.
+
+    `exhausted`: parked instead, out of attempts. `retried`: some were claimed before, so the claim
+    may be smaller than what is due.
+    """
+
+    lease: int
+    event_ids: list[EventId]
+    exhausted: list[EventId]
+    retried: bool = False
+
+
+@dataclass(frozen=True)
+class SweepPage:
+    """What one page of a sweep found; `next_from` None is the end."""
+
+    scanned: int
+    queued: int
+    next_from: str | None
+
+
+def content_hash(text: str) -> bytes:
+    """sha256 of the text in UTF-8, as the database computes it."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+class Queue:
+    """One worker's hold on the queue. Raises ConnectionLost and SchemaError throughout."""
+
+    def __init__(self, conn: Connection, settings: Settings, worker: int | None) -> None:
+        """`worker` None: without a session of its own (a pooler), known by its leases only."""
+        self._conn = conn
+        self._settings = settings
+        self._worker = worker
+
+    def claim(self, events: int) -> Claim | None:
+        """Lease at most this many of the events that are due. None if nothing is due."""
+        rows = self._execute(
+            queries.CLAIM,
+            events=events,
+            max_attempts=self._settings.max_attempts,
+            lease_seconds=self._settings.lease_seconds,
+            worker=self._worker,
+        )
+        if not rows:
+            return None
+        held = [event_id for event_id, lease, _ in rows if lease is not None]
+        return Claim(
+            lease=next((lease for _, lease, _ in rows if lease is not None), 0),
+            event_ids=held,
+            exhausted=[event_id for event_id, lease, _ in rows if lease is None],
+            retried=any(attempts > 1 for _, _, attempts in rows),
+        )
+
+    def read(self, claim: Claim) -> list[Event]:
+        """The texts of a claim, at the version they belong to.
+
+        Deleted events leave the queue here; an event whose embedding_input raises fails alone.
+        """
+        try:
+            rows = self._execute(queries.READ, event_ids=claim.event_ids, lease=claim.lease)
+        except ROW_ERRORS as error:
+            return self._read_one_by_one(claim, error)
+        deleted = [event_id for event_id, _, is_deleted, _ in rows if is_deleted]
+        if deleted:
+            self._execute(queries.DISCARD, event_ids=deleted, lease=claim.lease)
+        return [
+            Event(event_id, version, text)
+            for event_id, version, is_deleted, text in rows
+            if not is_deleted
+        ]
+
+    def _read_one_by_one(self, claim: Claim, error: Exception) -> list[Event]:
+        if len(claim.event_ids) == 1:
+            self.fail(claim.lease, claim.event_ids, f"embedding_input: {error}")
+            return []
+        return [
+            event
+            for event_id in claim.event_ids
+            for event in self.read(Claim(claim.lease, [event_id], []))
+        ]
+
+    def write(
+        self, lease: int, events: Sequence[Event], vectors: Sequence[Vector], model: str
+    ) -> list[EventId]:
+        """Store unit vectors and acknowledge, fenced by lease and version.
+
+        Returns the ids stored. The rest changed, went or were taken over meanwhile; those still
+        ours are given back. A row that the database refuses fails alone.
+        """
+        try:
+            rows = self._execute(
+                queries.WRITE,
+                event_ids=[event.event_id for event in events],
+                versions=[event.version for event in events],
+                hashes=[content_hash(event.text) for event in events],
+                embeddings=list(vectors),
+                lease=lease,
+                model=model,
+            )
+        except ROW_ERRORS as error:
+            if len(events) == 1:
+                self.fail(lease, [events[0].event_id], f"{type(error).__name__}: {error}")
+                return []
+            half = len(events) // 2
+            return self.write(lease, events[:half], vectors[:half], model) + self.write(
+                lease, events[half:], vectors[half:], model
+            )
+        stored = [event_id for (event_id,) in rows]
+        if len(stored) < len(events):
+            left = {event.event_id for event in events} - set(stored)
+            self.release(lease, list(left))
+        return stored
+
+    def fail(self, lease: int, event_ids: Sequence[EventId], reason: str) -> list[Failure]:
+        """Count a failed attempt: due again after a while, or parked with the reason."""
+        rows = self._execute(
+            queries.FAIL,
+            event_ids=list(event_ids),
+            lease=lease,
+            error=reason[:1000],
+            max_attempts=self._settings.max_attempts,
+            retry_seconds=self._settings.retry_seconds,
+        )
+        return [Failure(*row) for row in rows]
+
+    def release(self, lease: int, event_ids: Sequence[EventId]) -> None:
+        """Give events back as if they had not been claimed."""
+        self._execute(queries.RELEASE, event_ids=list(event_ids), lease=lease)
+
+    def extend(self, lease: int, event_ids: Sequence[EventId]) -> None:
+        """A sign of life: the lease runs from now."""
+        self._execute(
+            queries.EXTEND,
+            event_ids=list(event_ids),
+            lease=lease,
+            lease_seconds=self._settings.lease_seconds,
+        )
+
+    def sweep(
+        self, model: str, start: str | None, events: int, since: datetime | None = None
+    ) -> SweepPage:
+        """Queue what lacks a current embedding among one page of events, newest first."""
+        parameters = {"model": model, "start": start, "events": events, "since": since}
+        return SweepPage(*self._execute(queries.SWEEP, **parameters)[0])
+
+    def discard_parked(self) -> None:
+        """Drop parked events that no longer exist."""
+        self._execute(queries.DISCARD_PARKED)
+
+    def delete_orphans(self) -> int:
+        """Delete embeddings whose event is gone: deleted while triggers were off. Reads all."""
+        with translated():
+            return self._conn.execute(queries.DELETE_ORPHANS).rowcount
+
+    def retry(self, event_ids: Sequence[str] | None) -> list[EventId]:
+        """Parked events, these or all, back to the queue with their attempts forgotten."""
+        wanted = None if event_ids is None else list(event_ids)
+        rows = self._execute(queries.RETRY, event_ids=wanted)
+        self.notify()
+        return [event_id for (event_id,) in rows]
+
+    def notify(self) -> None:
+        """Wake a worker, whatever the gate says."""
+        self._execute(queries.NOTIFY)
+
+    def pending(self) -> int:
+        """How many events wait, parked ones not counted."""
+        return int(self._execute(queries.PENDING)[0][0])
+
+    def _execute(self, statement: str, **parameters: Any) -> list[Any]:
+        with translated():
+            cursor = self._conn.execute(statement, parameters)
+            return cursor.fetchall() if cursor.description else []

@@ -1,0 +1,57 @@
+"""Reading: nearest events, one event's whole story, and how the service stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from psycopg.rows import class_row
+
+from listener import queries
+from listener.database import Connection, translated
+from listener.queue import EventId, Vector
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An event found by meaning; similarity is the cosine, 1 is the same."""
+
+    event_id: EventId
+    similarity: float
+    text: str
+
+
+@dataclass(frozen=True)
+class EventState:
+    """What is known of one event. `embedding` None: it has none."""
+
+    event_id: EventId
+    input: str
+    model: str | None
+    is_current: bool | None
+    embedded_at: datetime | None
+    embedding: Any
+    pending: bool
+    parked: bool
+    attempts: int | None
+    leased: bool
+    error: str | None
+
+
+def nearest(conn: Connection, vector: Vector, model: str, limit: int) -> list[Hit]:
+    """The events nearest to a unit vector, best first, among those of the same model."""
+    with translated():
+        rows = conn.execute(
+            queries.NEAREST, {"embedding": vector, "model": model, "limit": limit}
+        ).fetchall()
+    return [Hit(*row) for row in rows]
+
+
+def describe(conn: Connection, event_id: str) -> EventState | None:
+    """Everything about one event, or None if there is no such event.
+
+    Raises psycopg.DataError if the id isn't of the key's type.
+    """
+    with translated(), conn.cursor(row_factory=class_row(EventState)) as cursor:
+        return cursor.execute(queries.DESCRIBE, {"event_id": event_id}).fetchone()

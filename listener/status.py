@@ -1,0 +1,75 @@
+"""`listener status`: counts, coverage of the scope, workers, and the last error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from psycopg.rows import dict_row
+
+from listener import queries
+from listener.config import Settings
+from listener.database import Connection, translated
+from listener.errors import ConfigError
+from listener.model import locate
+
+_PARKED_SHOWN = 20
+
+
+def read_status(conn: Connection, settings: Settings) -> dict[str, Any]:
+    """The numbers of `status --json`, ready for json.dumps with default=str."""
+    with translated(), conn.cursor(row_factory=dict_row) as cursor:
+        status = dict(cursor.execute(queries.STATUS).fetchone() or {})
+        status["parked_events"] = cursor.execute(
+            queries.PARKED, {"limit": _PARKED_SHOWN}
+        ).fetchall()
+        status["workers"] = cursor.execute(queries.WORKERS).fetchall()
+    status["scope"] = _scope(conn, settings)
+    return status
+
+
+def _scope(conn: Connection, settings: Settings) -> dict[str, Any]:
+    """Coverage of the last N; None where the model that it asks about isn't here."""
+    last = settings.backfill_last_n
+    try:
+        model = locate(settings).fingerprint
+    except ConfigError:
+        return {"last_n": last, "model": None, "events": None, "current": None}
+    with translated():
+        row = conn.execute(queries.COVERAGE, {"model": model, "last": last}).fetchone()
+    events, current = row if row else (0, 0)
+    return {"last_n": last, "model": model, "events": events, "current": current}
+
+
+def status_lines(status: dict[str, Any]) -> list[str]:
+    """The same for a reader."""
+    scope = status["scope"]
+    about = "about " if status["embedded_is_estimate"] else ""
+    oldest = status["oldest_pending_seconds"]
+    lines = [
+        f"embedded        {about}{status['embedded']}",
+        f"pending         {status['pending']}",
+        f"oldest pending  {'-' if oldest is None else f'{oldest:.1f} s'}",
+        f"parked          {status['parked']}",
+    ]
+    if scope["events"] is None:
+        lines.append("coverage        unknown: the model of EMBEDDING_MODEL is not on this machine")
+    else:
+        share = 100 * scope["current"] / scope["events"] if scope["events"] else 100.0
+        lines.append(
+            f"coverage        {share:.1f} % of the last {scope['last_n']} events "
+            f"({scope['current']} of {scope['events']}, BACKFILL_LAST_N), model {scope['model']}"
+        )
+    for worker in status["workers"]:
+        lines.append(
+            f"worker          {worker['worker']} on {worker['host']}, pid {worker['pid']}, "
+            f"since {worker['started_at']:%Y-%m-%d %H:%M:%S}, {worker['model']}"
+        )
+    if not status["workers"]:
+        lines.append("worker          none")
+    for event in status["parked_events"]:
+        lines.append(
+            f"parked event    {event['event_id']} after {event['attempts']} attempts: "
+            f"{event['error']}"
+        )
+    lines.append(f"last error      {status['last_error'] or '-'}")
+    return lines

@@ -1,0 +1,60 @@
+"""A worker's sign of life: a number, a session lock of that number, and a row for status."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from listener import queries
+from listener.database import Connection, translated
+
+# The first half of each worker's lock key.
+_LOCK_CLASS = 470_211
+_SEEN_SECONDS = 30.0
+
+
+class Worker:
+    """One registered worker; its lock lives as long as the session of `conn`."""
+
+    def __init__(self, conn: Connection, number: int) -> None:
+        self._conn = conn
+        self.number = number
+        self._next_seen = time.monotonic() + _SEEN_SECONDS
+
+    @classmethod
+    @contextmanager
+    def registered(cls, conn: Connection, model: str) -> Iterator[Worker]:
+        """Register, release what dead workers hold, and on a clean leave sign off."""
+        with translated():
+            row = conn.execute(queries.NEW_WORKER).fetchone()
+            assert row is not None  # noqa: S101  nextval gives a row
+            number = int(row[0])
+            conn.execute(queries.LOCK_WORKER, {"lock_class": _LOCK_CLASS, "worker": number})
+            conn.execute(
+                queries.REGISTER_WORKER,
+                {
+                    "worker": number,
+                    "host": socket.gethostname(),
+                    "pid": os.getpid(),
+                    "model": model,
+                },
+            )
+        worker = cls(conn, number)
+        worker.beat()
+        yield worker
+        # Not after an error: then events may still be leased, and the row tells a peer whose.
+        with translated():
+            conn.execute(queries.FORGET_WORKER, {"worker": number})
+
+    def beat(self) -> int:
+        """Release the events of workers whose session is gone. Returns how many."""
+        with translated():
+            parameters = {"lock_class": _LOCK_CLASS, "worker": self.number}
+            released = self._conn.execute(queries.RELEASE_DEAD, parameters).rowcount
+            if time.monotonic() >= self._next_seen:
+                self._conn.execute(queries.SEE_WORKER, {"worker": self.number})
+                self._next_seen = time.monotonic() + _SEEN_SECONDS
+        return released

@@ -1,0 +1,158 @@
+-- What needs the key's type, the order of events or the vector's schema at hand.
+
+-- One page of events, newest first, from a position (null: the newest) on. The row after the page
+-- gives the position of the next one. By anti-join on pages, never by "id > watermark": ids
+-- commit out of order.
+create or replace function listener.page(
+  p_from   text,
+  p_limit  integer,
+  p_since  timestamptz
+)
+returns table (event_id @key_type@, content_hash bytea, place integer, next_from text)
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_from jsonb := coalesce(
+    p_from::jsonb,
+    (select @position@ from public.iot_events e order by @newest_first@ limit 1)
+  );
+begin
+  return query
+  with page as materialized (
+    select
+      e.id as event_id,
+      pg_catalog.sha256(pg_catalog.convert_to(
+        coalesce(listener.embedding_input(e), ''), 'UTF8'
+      )) as content_hash,
+      @position@ as position
+    from public.iot_events e
+    where @from_position@
+      and @in_time@
+    order by @newest_first@
+    limit p_limit + 1
+  ), numbered as materialized (
+    -- A materialized page is read in the order in which it was sorted.
+    select *, (row_number() over ())::integer as place from page
+  )
+  select
+    n.event_id,
+    n.content_hash,
+    n.place,
+    (select last.position::text from numbered last where last.place = p_limit + 1)
+  from numbered n
+  where n.place <= p_limit;
+end
+$$;
+
+-- Queue the events of one page whose embedding is missing, of another text or of another model.
+-- Returns how many it looked at, how many it queued, and where the next page begins (null: the
+-- end). Run again with nothing changed, it writes nothing.
+create or replace function listener.sweep(
+  p_model  text,
+  p_from   text,
+  p_limit  integer,
+  p_since  timestamptz
+)
+returns table (scanned bigint, queued bigint, next_from text)
+language sql
+volatile
+set search_path = ''
+as $$
+  with page as materialized (
+    select * from listener.page(p_from, p_limit, p_since)
+  ), queued as (
+    insert into listener.queue (event_id, lane, due_at)
+    -- Due in the past and in the order of the page, so that the newest is claimed first.
+    select p.event_id, 1, now() - (p_limit - p.place) * interval '1 microsecond'
+    from page p
+    left join public.event_embeddings m on m.event_id = p.event_id
+    where m.event_id is null
+      or m.model <> p_model
+      or m.content_hash <> p.content_hash
+    on conflict (event_id) do nothing
+    returning 1
+  )
+  select
+    (select count(*) from page),
+    (select count(*) from queued),
+    (select page.next_from from page limit 1)
+$$;
+
+-- Of the newest p_last events: how many there are and how many have a current embedding.
+create or replace function listener.coverage(p_model text, p_last integer)
+returns table (events bigint, current bigint)
+language sql
+stable
+set search_path = ''
+as $$
+  select count(*), count(m.event_id)
+  from listener.page(null, p_last, null) p
+  left join public.event_embeddings m
+    on m.event_id = p.event_id
+    and m.model = p_model
+    and m.content_hash = p.content_hash
+$$;
+
+-- Everything known about one event. No row: there is no such event.
+create or replace function listener.describe(p_id text)
+returns table (
+  event_id     @key_type@,
+  input        text,
+  model        text,
+  is_current   boolean,
+  embedded_at  timestamptz,
+  embedding    @vector@,
+  pending      boolean,
+  parked       boolean,
+  attempts     smallint,
+  leased       boolean,
+  error        text
+)
+language sql
+stable
+set search_path = ''
+as $$
+  select
+    e.id,
+    i.input,
+    m.model,
+    m.content_hash = pg_catalog.sha256(pg_catalog.convert_to(i.input, 'UTF8')),
+    m.embedded_at,
+    m.embedding,
+    coalesce(q.due_at < 'infinity', false),
+    coalesce(q.due_at = 'infinity', false),
+    q.attempts,
+    q.lease is not null,
+    q.error
+  from public.iot_events e
+  cross join lateral (select coalesce(listener.embedding_input(e), '') as input) i
+  left join public.event_embeddings m on m.event_id = e.id
+  left join listener.queue q on q.event_id = e.id
+  where e.id = p_id::@key_type@
+$$;
+
+-- The p_limit events nearest to a vector by cosine, among those of one model.
+create or replace function listener.nearest(
+  p_embedding  @vector@,
+  p_model      text,
+  p_limit      integer
+)
+returns table (event_id @key_type@, similarity double precision, input text)
+language sql
+stable
+set search_path = ''
+as $$
+  with hits as materialized (
+    select m.event_id, m.embedding operator(@vector_schema@.<=>) p_embedding as distance
+    from public.event_embeddings m
+    where m.model = p_model
+    order by m.embedding operator(@vector_schema@.<=>) p_embedding
+    limit p_limit
+  )
+  select h.event_id, 1 - h.distance, listener.embedding_input(e)
+  from hits h
+  join public.iot_events e on e.id = h.event_id
+  order by h.distance
+$$;

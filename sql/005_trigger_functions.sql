@@ -1,0 +1,74 @@
+-- What runs inside the writer's transaction. Security definer, so that a writer needs no right
+-- here; owned by a role that can't log in; the search path is ours, whatever the writer's is.
+
+-- Both end at the gate: they wake the service only if it sleeps, because a commit that notifies
+-- can't share its WAL flush with others. The sleeping worker holds key @gate_key@ exclusively; a
+-- writer that gets it shared has proof that no worker sleeps, and holds it until its commit is
+-- visible, so that no worker can fall asleep before having seen this commit.
+
+create or replace function listener.queue_inserted()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  insert into listener.queue as q (event_id)
+  select n.id from new_events n
+  on conflict (event_id) do update set
+    version = q.version + 1,
+    lane = 0,
+    due_at = excluded.due_at,
+    lease = null,
+    worker = null,
+    attempts = 0,
+    error = null;
+  if found and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@) then
+    perform pg_catalog.pg_notify('listener', '');
+  end if;
+  return null;
+end
+$$;
+
+-- Queues only what now reads differently. If embedding_input fails on a row, the whole statement's
+-- rows are queued: the worker finds the culprit and parks it; the writer is never refused.
+create or replace function listener.queue_updated()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_changed @key_type@[];
+begin
+  begin
+    v_changed := array(
+      select n.id
+      from new_events n
+      left join old_events o on o.id = n.id
+      where o.id is null
+        or listener.embedding_input(n) is distinct from listener.embedding_input(o)
+      order by n.id
+    );
+  exception when others then
+    v_changed := array(select n.id from new_events n order by n.id);
+  end;
+  insert into listener.queue as q (event_id)
+  select c.id from unnest(v_changed) as c (id)
+  on conflict (event_id) do update set
+    version = q.version + 1,
+    lane = 0,
+    due_at = excluded.due_at,
+    lease = null,
+    worker = null,
+    attempts = 0,
+    error = null;
+  if found and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@) then
+    perform pg_catalog.pg_notify('listener', '');
+  end if;
+  return null;
+end
+$$;
+
+revoke all on function listener.queue_inserted() from public;
+revoke all on function listener.queue_updated() from public;

@@ -1,0 +1,3 @@
+-- Deletes every embedding.
+
+drop table if exists public.event_embeddings;
