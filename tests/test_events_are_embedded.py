@@ -1,0 +1,117 @@
+"""From commit to vector, and nothing else than that."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.harness import Database, TinyEmbedder, is_asleep, serving, vector_of, wait_until
+
+PREFIX = "event_type: status\nseverity: info\nmessage: "
+
+
+def test_an_inserted_event_has_its_vector_without_waiting_for_a_poll(database: Database) -> None:
+    """A sleeping service is woken by the commit."""
+    with serving(database):
+        wait_until(lambda: is_asleep(database))
+
+        (event_id,) = database.insert("pump running hot")
+
+        vectors = wait_until(database.embedded)
+    np.testing.assert_allclose(vectors[event_id], vector_of(PREFIX + "pump running hot"), atol=1e-6)
+
+
+def test_an_update_of_the_text_gives_the_vector_of_the_new_text(database: Database) -> None:
+    """The embedding follows the event."""
+    with serving(database):
+        (event_id,) = database.insert("door shut")
+        database.wait_for_rest()
+
+        database.rows("update public.iot_events set message = 'door open' returning 1")
+
+        database.wait_for_rest()
+    np.testing.assert_allclose(
+        database.embedded()[event_id], vector_of(PREFIX + "door open"), atol=1e-6
+    )
+
+
+def test_an_update_of_another_column_encodes_nothing(database: Database) -> None:
+    """Only what reads differently is queued."""
+    database.insert("door shut")
+    with serving(database):
+        database.wait_for_rest()
+
+    database.rows("update public.iot_events set device_id = 'pump-2' returning 1")
+
+    assert database.queue() == []
+
+
+def test_a_delete_removes_the_vector(database: Database) -> None:
+    """No embedding outlives its event."""
+    with serving(database):
+        database.insert("door shut")
+        database.wait_for_rest()
+
+    database.rows("delete from public.iot_events returning 1")
+
+    assert database.embedded() == {}
+
+
+def test_an_event_deleted_before_its_turn_leaves_the_queue(database: Database) -> None:
+    """What is gone is not waited for."""
+    database.insert("door shut", "door open")
+    database.rows("delete from public.iot_events where message = 'door shut' returning 1")
+
+    with serving(database):
+        database.wait_for_rest()
+
+    assert len(database.embedded()) == 1
+    assert database.queue() == []
+
+
+def test_identical_texts_are_encoded_once(database: Database) -> None:
+    """In a batch and across batches."""
+    embedder = TinyEmbedder()
+    with serving(database, embedder):
+        database.insert(*["door shut"] * 50)
+        database.wait_for_rest()
+        database.insert("door shut", "door open")
+        database.wait_for_rest()
+
+    assert sorted(embedder.encoded) == [PREFIX + "door open", PREFIX + "door shut"]
+    assert len(database.embedded()) == 52
+
+
+def test_null_and_empty_texts_get_a_vector_too(database: Database) -> None:
+    """An event without a message is an event all the same."""
+    with serving(database):
+        database.insert(None, "")
+        database.wait_for_rest()
+
+    assert len(database.embedded()) == 2
+
+
+def test_a_large_copy_is_embedded_whole(database: Database) -> None:
+    """One statement, many batches."""
+    with serving(database):
+        copy = "copy public.iot_events (device_id, event_type, severity, message) from stdin"
+        with database.conn.cursor() as cursor, cursor.copy(copy) as rows:
+            for number in range(5_000):
+                rows.write_row(("pump-1", "status", "info", f"reading {number}"))
+        database.wait_for_rest()
+
+    assert len(database.embedded()) == 5_000
+    database.assert_invariant()
+
+
+def test_an_insert_that_inserts_nothing_queues_nothing(database: Database) -> None:
+    """on conflict do nothing fires the trigger with an empty table."""
+    database.insert("door shut")
+    database.rows("delete from listener.queue returning 1")
+
+    database.rows(
+        "insert into public.iot_events (id, device_id, event_type, severity) "
+        "overriding system value select id, 'x', 'x', 'x' from public.iot_events "
+        "on conflict do nothing returning 1"
+    )
+
+    assert database.queue() == []
