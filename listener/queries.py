@@ -199,7 +199,11 @@ set
   end
 from held h
 where q.event_id = h.event_id
-returning q.event_id, q.attempts, q.due_at = 'infinity' as parked
+returning
+  q.event_id,
+  q.attempts,
+  q.due_at = 'infinity' as parked,
+  extract(epoch from nullif(q.due_at, 'infinity') - now())::float8 as retry_in_seconds
 """
 
 # Give a claim back as if it had not been made.

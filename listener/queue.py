@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+import logging
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +20,7 @@ from psycopg import errors
 from listener import queries
 from listener.config import Settings
 from listener.database import Connection, translated
+from listener.logs import log
 
 EventId = int | str | UUID
 Vector = NDArray[np.float32]
@@ -34,25 +39,14 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """An event whose attempt failed; parked if it was the last."""
-
-    event_id: EventId
-    attempts: int
-    parked: bool
-
-
-@dataclass(frozen=True)
 class Claim:
     """The events leased together under one token.
 
-    `exhausted`: parked instead, out of attempts. `retried`: some were claimed before, so the claim
-    may be smaller than what is due.
+    `retried`: some were claimed before, so the claim may be smaller than what is due.
     """
 
     lease: int
     event_ids: list[EventId]
-    exhausted: list[EventId]
     retried: bool = False
 
 
@@ -78,6 +72,7 @@ class Queue:
         self._conn = conn
         self._settings = settings
         self._worker = worker
+        self._retries: list[float] = []
 
     def claim(self, events: int) -> Claim | None:
         """Lease at most this many of the events that are due. None if nothing is due."""
@@ -90,11 +85,12 @@ class Queue:
         )
         if not rows:
             return None
-        held = [event_id for event_id, lease, _ in rows if lease is not None]
+        for event_id, lease, attempts in rows:
+            if lease is None:
+                log(logging.ERROR, "event_parked", event_id=event_id, attempts=attempts)
         return Claim(
             lease=next((lease for _, lease, _ in rows if lease is not None), 0),
-            event_ids=held,
-            exhausted=[event_id for event_id, lease, _ in rows if lease is None],
+            event_ids=[event_id for event_id, lease, _ in rows if lease is not None],
             retried=any(attempts > 1 for _, _, attempts in rows),
         )
 
@@ -123,7 +119,7 @@ class Queue:
         return [
             event
             for event_id in claim.event_ids
-            for event in self.read(Claim(claim.lease, [event_id], []))
+            for event in self.read(Claim(claim.lease, [event_id]))
         ]
 
     def write(
@@ -134,6 +130,8 @@ class Queue:
         Returns the ids stored. The rest changed, went or were taken over meanwhile; those still
         ours are given back. A row that the database refuses fails alone.
         """
+        if not events:
+            return []
         try:
             rows = self._execute(
                 queries.WRITE,
@@ -158,8 +156,11 @@ class Queue:
             self.release(lease, list(left))
         return stored
 
-    def fail(self, lease: int, event_ids: Sequence[EventId], reason: str) -> list[Failure]:
-        """Count a failed attempt: due again after a while, or parked with the reason."""
+    def fail(self, lease: int, event_ids: Sequence[EventId], reason: str) -> int:
+        """Count a failed attempt: due again after a while, or parked with the reason.
+
+        Returns how many events were still ours to fail.
+        """
         rows = self._execute(
             queries.FAIL,
             event_ids=list(event_ids),
@@ -168,7 +169,24 @@ class Queue:
             max_attempts=self._settings.max_attempts,
             retry_seconds=self._settings.retry_seconds,
         )
-        return [Failure(*row) for row in rows]
+        for event_id, attempts, parked, seconds in rows:
+            fields = {"event_id": event_id, "attempts": attempts, "cause": reason[:200]}
+            if parked:
+                log(logging.ERROR, "event_parked", **fields)
+            else:
+                log(logging.WARNING, "event_failed", **fields, retry_in_seconds=seconds)
+                heapq.heappush(self._retries, time.monotonic() + seconds)
+        return len(rows)
+
+    def seconds_to_retry(self) -> float:
+        """Until the next event that failed here is due again; infinite if there is none."""
+        now, is_overdue = time.monotonic(), False
+        while self._retries and self._retries[0] <= now:
+            heapq.heappop(self._retries)
+            is_overdue = True
+        if is_overdue:
+            return 0.0
+        return self._retries[0] - now if self._retries else math.inf
 
     def release(self, lease: int, event_ids: Sequence[EventId]) -> None:
         """Give events back as if they had not been claimed."""

@@ -18,7 +18,7 @@ from listener.encoding import Encoded, Encoder
 from listener.errors import ConnectionLost, EmbeddingError, ModelFault
 from listener.install import verify
 from listener.logs import log
-from listener.queue import Claim, Event, Queue, Vector
+from listener.queue import Claim, Event, Queue
 from listener.wakeup import Stop, Wakeup
 from listener.worker import Worker
 
@@ -159,7 +159,8 @@ class _Session:
 
     def _sleep(self, seconds: float) -> bool:
         """Sleep in beats. Returns whether there is reason to look at the queue."""
-        deadline = time.monotonic() + min(seconds, self._seconds_to_sweep())
+        retry = self._queue.seconds_to_retry()
+        deadline = time.monotonic() + min(seconds, retry, self._seconds_to_sweep())
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
             if self._wakeup.sleep(min(left, _BEAT_SECONDS)):
                 return True
@@ -206,8 +207,6 @@ class _Session:
         full = len(claim.event_ids) >= asked
         if first and full:
             self._wakeup.call_help(self._work)
-        for event_id in claim.exhausted:
-            log(logging.ERROR, "event_parked", event_id=event_id, cause="out of attempts")
         events = self._queue.read(claim)
         encoding = self._encoder.submit([event.text for event in events])
         more = full or claim.retried
@@ -226,7 +225,14 @@ class _Session:
             for event, result in zip(batch.events, encoded.results, strict=True)
             if not isinstance(result, EmbeddingError)
         ]
-        stored = self._store(batch.claim.lease, good)
+        stored = len(
+            self._queue.write(
+                batch.claim.lease,
+                [event for event, _ in good],
+                [vector for _, vector in good],
+                self._encoder.fingerprint,
+            )
+        )
         failed = self._fail(batch, encoded)
         seconds = time.monotonic() - batch.started
         self._adapt(len(batch.events), seconds)
@@ -241,26 +247,13 @@ class _Session:
             seconds=seconds,
         )
 
-    def _store(self, lease: int, good: list[tuple[Event, Vector]]) -> int:
-        if not good:
-            return 0
-        events, vectors = [event for event, _ in good], [vector for _, vector in good]
-        return len(self._queue.write(lease, events, vectors, self._encoder.fingerprint))
-
     def _fail(self, batch: Batch, encoded: Encoded) -> int:
-        failed = 0
-        for event, result in zip(batch.events, encoded.results, strict=True):
-            if isinstance(result, EmbeddingError):
-                for failure in self._queue.fail(batch.claim.lease, [event.event_id], str(result)):
-                    failed += 1
-                    log(
-                        logging.ERROR if failure.parked else logging.WARNING,
-                        "event_parked" if failure.parked else "event_failed",
-                        event_id=failure.event_id,
-                        attempt=failure.attempts,
-                        cause=result,
-                    )
-        return failed
+        lease = batch.claim.lease
+        return sum(
+            self._queue.fail(lease, [event.event_id], str(result))
+            for event, result in zip(batch.events, encoded.results, strict=True)
+            if isinstance(result, EmbeddingError)
+        )
 
     def _give_back_unstarted(self, batches: deque[Batch]) -> bool:
         """On a stop: release the claims whose encode hasn't begun. Returns whether none is left."""

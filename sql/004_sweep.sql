@@ -1,5 +1,22 @@
 -- What needs the key's type, the order of events or the vector's schema at hand.
 
+-- sha256 of an event's text; null where embedding_input raises, so that one such event stops no
+-- sweep: it is queued, and parked by the worker with the reason.
+create or replace function listener.content_hash(p_event public.iot_events)
+returns bytea
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return pg_catalog.sha256(pg_catalog.convert_to(
+    coalesce(listener.embedding_input(p_event), ''), 'UTF8'
+  ));
+exception when others then
+  return null;
+end
+$$;
+
 -- One page of events, newest first, from a position (null: the newest) on. The row after the page
 -- gives the position of the next one. By anti-join on pages, never by "id > watermark": ids
 -- commit out of order.
@@ -23,9 +40,7 @@ begin
   with page as materialized (
     select
       e.id as event_id,
-      pg_catalog.sha256(pg_catalog.convert_to(
-        coalesce(listener.embedding_input(e), ''), 'UTF8'
-      )) as content_hash,
+      listener.content_hash(e) as content_hash,
       @position@ as position
     from public.iot_events e
     where @from_position@
@@ -70,7 +85,7 @@ as $$
     left join public.event_embeddings m on m.event_id = p.event_id
     where m.event_id is null
       or m.model <> p_model
-      or m.content_hash <> p.content_hash
+      or m.content_hash is distinct from p.content_hash
     on conflict (event_id) do nothing
     returning 1
   )
@@ -116,9 +131,9 @@ set search_path = ''
 as $$
   select
     e.id,
-    i.input,
+    coalesce(listener.embedding_input(e), ''),
     m.model,
-    m.content_hash = pg_catalog.sha256(pg_catalog.convert_to(i.input, 'UTF8')),
+    m.content_hash = listener.content_hash(e),
     m.embedded_at,
     m.embedding,
     coalesce(q.due_at < 'infinity', false),
@@ -127,7 +142,6 @@ as $$
     q.lease is not null,
     q.error
   from public.iot_events e
-  cross join lateral (select coalesce(listener.embedding_input(e), '') as input) i
   left join public.event_embeddings m on m.event_id = e.id
   left join listener.queue q on q.event_id = e.id
   where e.id = p_id::@key_type@

@@ -168,7 +168,7 @@ def gte_small_cache(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> P
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import AutoTokenizer, BertConfig, BertModel
 
     home = tmp_path_factory.mktemp("hub")
     repository = home / "models--thenlper--gte-small"
@@ -178,8 +178,8 @@ def gte_small_cache(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> P
     config = BertConfig(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536
     )
-    BertModel(config).half().save_pretrained(bare)
-    BertTokenizerFast.from_pretrained(minilm, model_max_length=512).save_pretrained(bare)
+    BertModel(config).save_pretrained(bare)
+    AutoTokenizer.from_pretrained(minilm, model_max_length=512).save_pretrained(bare)
     transformer = Transformer(str(bare), max_seq_length=512)
     modules = [transformer, Pooling(384, pooling_mode="mean"), Normalize()]
     SentenceTransformer(modules=modules, device="cpu").half().save(str(snapshot))

