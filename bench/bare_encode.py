@@ -48,9 +48,7 @@ def _encode(directory: str, texts: list[str]) -> float:
     # The service, too, has encoded one text before it listens.
     model.encode(["dimension"], show_progress_bar=False)
     began = time.perf_counter()
-    model.encode(
-        texts, batch_size=BATCH_SIZE, normalize_embeddings=True, show_progress_bar=False
-    )
+    model.encode(texts, batch_size=BATCH_SIZE, normalize_embeddings=True, show_progress_bar=False)
     return time.perf_counter() - began
 
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-from bench.bare_encode import bare_seconds
+from bench.bare_encode import BATCH_SIZE, bare_seconds
 from bench.cluster import Cluster, install_listener
 from bench.drain import require_all_embedded
 from bench.processes import REPOSITORY, Line, service
@@ -89,26 +88,18 @@ def run(cluster: Cluster, model: Path, sample: int) -> Section:
         return Section(_TITLE, "Skipped: no data set of device events beside this clone.")
     with DATA_SET.open(newline="") as file:
         events = list(csv.DictReader(file))
-    templates = {number: event["template"] for number, event in enumerate(events, start=1)}
     with cluster.database("devices") as url:
         install_listener(url)
         drained = _drain(cluster, url, model, events)
+        say("devices: looking for neighbours")
         with connect(Settings(database_url=url), "bench") as conn:
-            say("devices: looking for neighbours")
-            chosen = sorted(random.Random(4).sample(sorted(templates), min(sample, len(events))))
-            by_event = _precision(conn, _NEAREST_EVENTS, templates, chosen, templates)
-            one_each = {text: number for number, text in _numbered(drained.texts)}
-            by_text = _precision(
-                conn, _NEAREST_TEXTS, templates, chosen, sorted(one_each.values())
-            )
-        say("devices: bare encode")
-        bare = bare_seconds(model, drained.texts, cluster.folder)
-    return _section(model, drained, bare, by_event, by_text, len(chosen))
+            precisions = _precisions(conn, events, drained.texts, sample)
+    say("devices: bare encode")
+    bare = bare_seconds(model, drained.texts, cluster.folder)
+    return _section(model, drained, bare, precisions, min(sample, len(events)))
 
 
-def _drain(
-    cluster: Cluster, url: str, model: Path, events: Sequence[dict[str, str]]
-) -> Drained:
+def _drain(cluster: Cluster, url: str, model: Path, events: Sequence[dict[str, str]]) -> Drained:
     with service(cluster, url, model) as process:
         say(f"devices: copying {len(events)} events")
         _copy(url, events)
@@ -135,3 +126,98 @@ def _copy(url: str, events: Sequence[dict[str, str]]) -> None:
 
 def _total(batches: Sequence[Line], name: str) -> int:
     return sum(int(batch.fields[name]) for batch in batches)
+
+
+def _precisions(
+    conn: Connection, events: Sequence[dict[str, str]], texts: Sequence[str], sample: int
+) -> tuple[Precision, Precision]:
+    """Among all other events, and among the other texts with one event each."""
+    # Identity keys count from 1 in the order of the COPY.
+    templates = {number: event["template"] for number, event in enumerate(events, start=1)}
+    first_with: dict[str, int] = {}
+    for number, text in enumerate(texts, start=1):
+        first_with.setdefault(text, number)
+    itself = {number: number for number in templates}
+    by_text = {number: first_with[text] for number, text in enumerate(texts, start=1)}
+    chosen = random.Random(4).sample(sorted(templates), min(sample, len(templates)))
+    return (
+        _precision(conn, _NEAREST_EVENTS, chosen, templates, itself),
+        _precision(conn, _NEAREST_TEXTS, chosen, templates, by_text),
+    )
+
+
+def _precision(
+    conn: Connection,
+    statement: str,
+    chosen: Sequence[int],
+    templates: dict[int, str],
+    candidate_of: dict[int, int],
+) -> Precision:
+    """`candidate_of`: which candidate stands for each event; it can't be its own neighbour."""
+    parameters = {"sample": list(chosen), "neighbours": _NEIGHBOURS}
+    pairs = conn.execute(statement.encode(), parameters).fetchall()
+    candidates = set(candidate_of.values())
+    frequency = Counter(templates[number] for number in candidates)
+
+    def chance(event: int) -> float:
+        own = templates[candidate_of[event]] == templates[event]
+        return (frequency[templates[event]] - own) / (len(candidates) - 1)
+
+    return Precision(
+        mean(templates[event] == templates[neighbour] for event, neighbour in pairs),
+        mean(chance(event) for event in chosen),
+    )
+
+
+def _section(
+    model: Path,
+    drained: Drained,
+    bare: float,
+    precisions: tuple[Precision, Precision],
+    sample: int,
+) -> Section:
+    events, distinct = len(drained.texts), len(set(drained.texts))
+    among_events, among_texts = precisions
+    once = "reached" if drained.encoded == distinct else "missed"
+    return Section(
+        _TITLE,
+        f"{events} log events of real devices, inserted in one COPY while the service sleeps; "
+        f"model `{model.name}`. Service: from the return of the COPY to the commit of the last "
+        "vector. Bare: a process of its own that calls "
+        f"`SentenceTransformer.encode(texts, batch_size={BATCH_SIZE})` on all texts, repeated "
+        f"ones too. Precision at {_NEIGHBOURS}: the share of the nearest other events that come "
+        f"from the same log template, mean of {sample} events drawn at random; chance is the share "
+        "that neighbours drawn at random would have.",
+        ("figure", "value", "baseline", "ratio or difference", "target"),
+        (
+            ("events with a vector", f"{events}", f"{events} events", "1.00", "all: reached"),
+            (
+                "texts encoded",
+                f"{drained.encoded}",
+                f"{distinct} distinct",
+                f"{drained.encoded - distinct:+d}",
+                f"no text twice: {once}",
+            ),
+            (
+                "seconds to all vectors",
+                f"{drained.seconds:.2f}",
+                f"{bare:.2f} bare",
+                f"{bare / drained.seconds:.3f} times as fast",
+                "",
+            ),
+            _precision_row(f"precision at {_NEIGHBOURS}, all other events", among_events),
+            _precision_row(f"precision at {_NEIGHBOURS}, other texts, one each", among_texts),
+        ),
+        (
+            f"reuse alone would allow {events / distinct:.2f} times the bare speed, "
+            "if the repeated texts were as long as the rest",
+            "events of identical text have identical vectors and share their template; the last "
+            "row leaves them out",
+        ),
+    )
+
+
+def _precision_row(name: str, precision: Precision) -> tuple[str, ...]:
+    times = precision.found / precision.chance
+    values = (f"{precision.found:.3f}", f"{precision.chance:.3f} by chance", f"{times:.1f} times")
+    return (name, *values, "")

@@ -36,7 +36,7 @@ def gte_shape(folder: Path) -> Path:
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import AutoTokenizer, BertConfig, BertModel
 
     bare, directory = folder / "gte-shape-bare", folder / "gte-shape"
     if directory.exists():
@@ -46,8 +46,8 @@ def gte_shape(folder: Path) -> Path:
     config = BertConfig(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536
     )
-    BertModel(config).half().save_pretrained(bare)
-    BertTokenizerFast.from_pretrained(minilm(), model_max_length=512).save_pretrained(bare)
+    BertModel(config).half().save_pretrained(bare)  # type: ignore[no-untyped-call]
+    AutoTokenizer.from_pretrained(minilm(), model_max_length=512).save_pretrained(bare)
     transformer = Transformer(str(bare), max_seq_length=512)
     modules = [transformer, Pooling(384, pooling_mode="mean"), Normalize()]
     SentenceTransformer(modules=modules, device="cpu").half().save(str(directory))

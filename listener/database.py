@@ -12,6 +12,7 @@ import psycopg
 from pgvector.psycopg.vector import register_vector_info
 from psycopg import errors, sql
 from psycopg.types import TypeInfo
+from psycopg.types.string import StrDumper
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -50,12 +51,14 @@ def connect(settings: Settings, name: str) -> Connection:
         reason = redact(" ".join(str(error).split()), settings.secrets())
         # The driver's own traceback would carry the password among its arguments.
         raise ConnectionLost(f"no connection to Postgres: {reason}") from None
+    # Strings as text, not as unknown, so that a list of text keys is an array to unnest.
+    conn.adapters.register_dumper(str, StrDumper)
     with translated():
-        _register_vector(conn)
+        register_vector(conn)
     return conn
 
 
-def _register_vector(conn: Connection) -> None:
+def register_vector(conn: Connection) -> None:
     """Teach the connection the vector type, in whichever schema pgvector lives."""
     found = conn.execute(queries.VECTOR_SCHEMA).fetchone()
     if found is not None:

@@ -168,10 +168,11 @@ def _is_needed(
 ) -> bool:
     changed = applied.get(step.file) != step.digest
     if step.file == _OWNER_FILE:
-        if not (facts.may_create_role or facts.member_of_owner_role):
+        may_create = facts.may_create_role and not facts.owner_role_exists
+        if not (may_create or facts.member_of_owner_role):
             notes.append(
-                f"role {facts.role} can't create roles: the trigger functions stay its own "
-                "instead of listener_owner's"
+                f"role {facts.role} can't create role listener_owner or is no member of it: the "
+                "trigger functions stay its own"
             )
             return False
         return changed or not facts.owner_role_exists

@@ -11,7 +11,7 @@ begin
   end if;
 exception
   when insufficient_privilege then
-    -- Made by somebody else, who made us a member or not: the statements below will tell.
+    -- Made by somebody else, who made us a member already.
     null;
 end
 $$;

@@ -1,0 +1,382 @@
+"""install and uninstall: all or nothing, twice is once, and the user's table stays the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from listener import install
+from listener.catalogue import read_facts
+from listener.config import Settings
+from listener.database import Connection, connect, register_vector
+from listener.errors import SchemaError
+from tests.harness import Database, TinyEmbedder, listener, serving
+
+NewDatabase = Callable[..., AbstractContextManager[str]]
+
+
+def install_in(conn: Connection, columns: list[str] | None = None) -> install.Plan:
+    """What the command does. Returns the plan that was carried out."""
+    facts = read_facts(conn)
+    install.require_installable(facts)
+    plan = install.plan_install(conn, facts, columns)
+    install.apply_plan(conn, plan)
+    install.verify(conn)
+    register_vector(conn)
+    return plan
+
+
+@contextmanager
+def with_events(url: str, columns: str) -> Iterator[Database]:
+    """A database with an iot_events of these columns, not installed."""
+    settings = Settings(database_url=url, poll_seconds=120.0)
+    with connect(settings, "listener-test") as conn:
+        conn.execute(f"create table public.iot_events ({columns})".encode())
+        yield Database(settings, conn)
+
+
+def described(conn: Connection) -> dict[str, Any]:
+    """Everything about iot_events that an install could change."""
+    statements = {
+        "columns": "select attname, atttypid, attnotnull from pg_attribute "
+        "where attrelid = 'public.iot_events'::regclass and attnum > 0 order by attnum",
+        "triggers": "select tgname from pg_trigger where tgrelid = 'public.iot_events'::regclass "
+        "order by tgname",
+        "indexes": "select indexrelid from pg_index where indrelid = 'public.iot_events'::regclass",
+        "constraints": "select conname from pg_constraint "
+        "where conrelid = 'public.iot_events'::regclass",
+        "acl": "select relacl, relowner from pg_class where oid = 'public.iot_events'::regclass",
+    }
+    return {name: conn.execute(text.encode()).fetchall() for name, text in statements.items()}
+
+
+KEYS = {
+    "bigint": "id bigint generated always as identity primary key",
+    "integer": "id serial primary key",
+    "uuid": "id uuid primary key default gen_random_uuid()",
+    "text": "id text primary key default 'key-' || (random() * 1e9)::bigint",
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("time", ["created_at timestamptz", "created_at timestamp not null", ""])
+def test_every_kind_of_key_is_embedded_swept_and_found(
+    new_database: NewDatabase, key: str, time: str
+) -> None:
+    """bigint, integer, uuid and text; with and without a usable created_at."""
+    columns = ", ".join(filter(None, [KEYS[key], "message text", time and f"{time} default now()"]))
+    with new_database() as url, with_events(url, columns) as database:
+        install_in(database.conn)
+        if "not null" in time:
+            database.rows("create index on public.iot_events (created_at)")
+            database.rows("drop trigger listener_inserted on public.iot_events")
+            install_in(database.conn)
+        insert = "insert into public.iot_events (message) values ('a'), ('b'), (null) returning id"
+        ids = {event_id for (event_id,) in database.rows(insert)}
+
+        with serving(database):
+            database.wait_for_rest()
+        embedded = set(database.embedded())
+        database.rows("delete from public.event_embeddings")
+        with serving(database, once=True) as service:
+            service.thread.join()
+
+        assert embedded == ids
+        assert set(database.embedded()) == ids
+        database.assert_invariant()
+        assert database.value("select count(*) from listener.describe(%s)", str(ids.pop())) == 1
+
+
+def test_a_second_install_changes_nothing_and_waits_for_no_lock_on_iot_events(
+    database: Database,
+) -> None:
+    """Even while a migration holds the table."""
+    before = database.rows("select xmin::text, file from listener.applied order by file")
+    with database.session() as migration, migration.transaction():
+        migration.execute("lock table public.iot_events in access exclusive mode")
+
+        with database.session() as conn:
+            conn.execute("set lock_timeout = '1s'")
+            plan = install.plan_install(conn, read_facts(conn), None)
+            install.verify(conn)
+
+    assert plan.steps == ()
+    assert database.rows("select xmin::text, file from listener.applied order by file") == before
+
+
+def test_a_failing_install_leaves_nothing_behind(new_database: NewDatabase) -> None:
+    """All or nothing."""
+    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
+        facts = read_facts(database.conn)
+        plan = install.plan_install(database.conn, facts, None)
+        broken = install.Plan((*plan.steps, install.Step("broken", "select 1 / 0")), ())
+
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            install.apply_plan(database.conn, broken)
+
+        assert database.value("select to_regnamespace('listener')") is None
+        assert database.value("select to_regclass('public.event_embeddings')") is None
+
+
+def test_uninstall_leaves_iot_events_as_it_was(new_database: NewDatabase) -> None:
+    """Triggers, constraints, columns, rights: nothing of ours stays."""
+    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
+        before = described(database.conn)
+        install_in(database.conn)
+        assert described(database.conn) != before
+
+        install.apply_plan(database.conn, install.plan_uninstall(drop_embeddings=True))
+
+        assert described(database.conn) == before
+        assert database.value("select to_regnamespace('listener')") is None
+
+
+def test_uninstall_keeps_the_embeddings_unless_told_otherwise(database: Database) -> None:
+    """Vectors cost hours; dropping them is a choice."""
+    database.insert("a")
+    with serving(database):
+        database.wait_for_rest()
+
+    install.apply_plan(database.conn, install.plan_uninstall(drop_embeddings=False))
+
+    assert len(database.embedded()) == 1
+    install_in(database.conn)
+    database.assert_invariant()
+
+
+def test_pgvector_in_another_schema_is_found(new_database: NewDatabase) -> None:
+    """Supabase keeps it in `extensions`."""
+    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
+        database.rows("create schema extensions")
+        database.rows("create extension vector schema extensions")
+        install_in(database.conn)
+        database.rows("insert into public.iot_events values (1, 'a')")
+        settings = database.settings
+        with connect(settings, "listener-test") as conn, serving(Database(settings, conn)):
+            Database(settings, conn).wait_for_rest()
+
+        found = database.rows(
+            "select event_id from listener.nearest((select embedding from "
+            "public.event_embeddings), %s, 1)",
+            TinyEmbedder.fingerprint,
+        )
+        assert found == [(1,)]
+
+
+def test_a_role_without_superuser_installs_runs_and_uninstalls(
+    new_database: NewDatabase,
+) -> None:
+    """The owner of the table is enough where the extension is there."""
+    with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
+        admin.execute("create extension vector")
+        admin.execute("create role plain_owner login nosuperuser nocreaterole")
+        try:
+            admin.execute("grant create on schema public to plain_owner")
+            admin.execute(
+                "do $$ begin execute format('grant create on database %I to plain_owner',"
+                " current_database()); end $$"
+            )
+            plain = url.replace("postgres@", "plain_owner@")
+            with with_events(plain, "id bigint primary key, message text") as database:
+                plan = install_in(database.conn)
+                database.rows("insert into public.iot_events values (1, 'a')")
+                with serving(database):
+                    database.wait_for_rest()
+                database.assert_invariant()
+                install.apply_plan(database.conn, install.plan_uninstall(drop_embeddings=True))
+        finally:
+            admin.execute("drop owned by plain_owner")
+            admin.execute("drop role plain_owner")
+
+    assert any("can't create role" in note for note in plan.notes)
+
+
+def test_a_role_that_creates_roles_gives_the_trigger_functions_away(
+    new_database: NewDatabase,
+) -> None:
+    """As on Supabase: no superuser, but createrole."""
+    with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
+        admin.execute("create extension vector")
+        admin.execute("create role managing login nosuperuser createrole")
+        owner_existed = (
+            admin.execute("select from pg_roles where rolname = 'listener_owner'").fetchone()
+            is not None
+        )
+        try:
+            admin.execute("grant create on schema public to managing")
+            admin.execute(
+                "do $$ begin execute format('grant create on database %I to managing',"
+                " current_database()); end $$"
+            )
+            if owner_existed:
+                admin.execute("grant listener_owner to managing with admin option")
+            with with_events(
+                url.replace("postgres@", "managing@"), "id bigint primary key, message text"
+            ) as database:
+                install_in(database.conn)
+                database.rows("insert into public.iot_events values (1, 'a')")
+                owners = database.rows(
+                    "select distinct proowner::regrole::text from pg_proc where pronamespace = "
+                    "'listener'::regnamespace and prorettype = 'trigger'::regtype"
+                )
+                with serving(database):
+                    database.wait_for_rest()
+        finally:
+            admin.execute("drop owned by managing cascade")
+            admin.execute("drop role managing")
+
+    assert owners == [("listener_owner",)]
+
+
+def test_a_writer_without_any_right_on_the_schema_inserts_and_updates(database: Database) -> None:
+    """Also with a search path of its own making."""
+    database.rows("drop role if exists device")
+    database.rows("create role device")
+    database.rows("grant insert, update, select on public.iot_events to device")
+    database.rows("create schema hostile")
+    database.rows("create function hostile.nextval(text) returns bigint language sql as 'select 1'")
+    database.rows("grant usage on schema hostile to device")
+    try:
+        with database.session() as writer:
+            writer.execute("set role device")
+            writer.execute("set search_path = hostile, pg_temp")
+            writer.execute(
+                "insert into public.iot_events (device_id, event_type, severity, message) "
+                "values ('d', 't', 's', 'm')"
+            )
+            writer.execute("update public.iot_events set message = 'n'")
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                writer.execute("select listener.queue_inserted()")
+    finally:
+        database.rows("drop owned by device")
+        database.rows("drop role device")
+
+    assert [row[1] for row in database.queue()] == [2]
+
+
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("drop table public.iot_events", "no table public.iot_events"),
+        ("alter table public.iot_events alter id type numeric", "iot_events.id is numeric"),
+        ("alter table public.iot_events drop constraint iot_events_pkey", "unique constraint"),
+        (
+            "create table public.event_embeddings (event_id bigint, embedding vector(768))",
+            r"vector\(768\)",
+        ),
+    ],
+)
+def test_what_makes_an_install_impossible_is_said_before_anything_is_done(
+    new_database: NewDatabase, statement: str, says: str
+) -> None:
+    """A message names the subject, what was found and what to do."""
+    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
+        database.rows("create extension vector")
+        database.rows(statement)
+
+        with pytest.raises(SchemaError, match=says):
+            install_in(database.conn)
+
+        assert database.value("select to_regnamespace('listener')") is None
+
+
+def test_the_default_text_leaves_out_keys_ids_and_times(new_database: NewDatabase) -> None:
+    """And empty values; several columns are named, a line each."""
+    columns = "id bigint primary key, device_id text, kind text, note text, seen timestamptz"
+    with new_database() as url, with_events(url, columns) as database:
+        install_in(database.conn)
+        database.rows("insert into public.iot_events values (1, 'd', 'k', 'n', now())")
+        database.rows("insert into public.iot_events values (2, 'd', '', 'n', now())")
+
+        texts = database.rows("select listener.embedding_input(e) from public.iot_events e")
+
+    assert texts == [("kind: k\nnote: n",), ("note: n",)]
+
+
+def test_chosen_columns_are_kept_by_the_next_install_and_one_column_stands_bare(
+    new_database: NewDatabase,
+) -> None:
+    """--columns once is enough."""
+    with (
+        new_database() as url,
+        with_events(url, 'id bigint primary key, kind text, "odd \'""name" integer') as database,
+    ):
+        install_in(database.conn, ["odd '\"name"])
+        database.rows("insert into public.iot_events values (1, 'k', 7)")
+
+        assert install_in(database.conn).steps == ()
+
+        assert database.value("select listener.embedding_input(e) from public.iot_events e") == "7"
+        with pytest.raises(SchemaError, match="no column nonsense"):
+            install_in(database.conn, ["nonsense"])
+
+
+def test_a_replaced_embedding_input_is_left_alone(database: Database) -> None:
+    """The text is the operator's choice."""
+    database.rows(
+        "create or replace function listener.embedding_input(event public.iot_events) "
+        "returns text language sql stable as $$ select event.severity $$"
+    )
+
+    plan = install_in(database.conn)
+
+    assert plan.steps == ()
+    assert any("replaced by you" in note for note in plan.notes)
+    database.insert("a")
+    assert database.value("select listener.embedding_input(e) from public.iot_events e") == "info"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "alter table public.iot_events disable trigger listener_inserted",
+        "drop trigger listener_updated on public.iot_events",
+        "alter table public.iot_events enable replica trigger listener_inserted",
+    ],
+)
+def test_a_disabled_or_dropped_trigger_is_put_right_by_install(
+    database: Database, damage: str
+) -> None:
+    """And until then, verify says so."""
+    database.rows(damage)
+    with pytest.raises(SchemaError, match="triggers"):
+        install.verify(database.conn)
+
+    plan = install_in(database.conn)
+
+    assert [step.file for step in plan.steps] == ["007_triggers.sql"]
+
+
+def test_rows_written_as_a_replica_are_queued(database: Database) -> None:
+    """Replication skips ordinary triggers, not ours."""
+    database.rows("set session_replication_role = replica")
+
+    ids = database.insert("a")
+
+    assert [row[0] for row in database.queue()] == ids
+
+
+def test_the_command_reports_and_a_dry_run_only_prints(
+    new_database: NewDatabase, tmp_path: Path
+) -> None:
+    """Before, steps, after and undo are on file; a dry run leaves no trace."""
+    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
+        settings = Settings(database_url=url, reports_dir=tmp_path / "reports")
+
+        dry = listener(settings, "install", "--dry-run")
+        assert "create trigger" in dry.stdout.lower() or "replace trigger" in dry.stdout.lower()
+        assert database.value("select to_regnamespace('listener')") is None
+        assert not settings.reports_dir.exists()
+
+        first, second = listener(settings, "install"), listener(settings, "install")
+
+        assert "installed" in first.stderr
+        assert "nothing to do" in second.stderr
+        (report,) = settings.reports_dir.iterdir()
+        for title in ("## Before", "## Steps", "## After", "## Undo"):
+            assert title in report.read_text()
