@@ -9,7 +9,7 @@ import click
 
 from bench import devices, drain, latency, suite, writers
 from bench.cluster import running_cluster
-from bench.models import MINILM, model_directory
+from bench.models import MINILM, find_model
 from bench.progress import say
 from bench.suite import FULL, QUICK
 
@@ -41,8 +41,8 @@ def cli(context: click.Context, quick: bool) -> None:
 def latency_command(inserts: int, model: str) -> None:
     """Commit to visible vector on an idle system."""
     with running_cluster() as cluster:
-        directory = model_directory(model, cluster.folder)
-        click.echo(latency.run(cluster, directory, inserts).markdown())
+        chosen = find_model(model, cluster.folder)
+        click.echo(latency.run(cluster, chosen, inserts).markdown())
 
 
 @cli.command("drain")
@@ -52,8 +52,8 @@ def latency_command(inserts: int, model: str) -> None:
 def drain_command(texts: int, rounds: int, model: str) -> None:
     """A backlog of distinct texts against one bare call of the model."""
     with running_cluster() as cluster:
-        directory = model_directory(model, cluster.folder)
-        click.echo(drain.run(cluster, directory, texts, rounds).markdown())
+        chosen = find_model(model, cluster.folder)
+        click.echo(drain.run(cluster, chosen, texts, rounds).markdown())
 
 
 @cli.command("devices")
@@ -62,8 +62,8 @@ def drain_command(texts: int, rounds: int, model: str) -> None:
 def devices_command(sample: int, model: str) -> None:
     """Real device events: reuse, and precision of the neighbours."""
     with running_cluster() as cluster:
-        directory = model_directory(model, cluster.folder)
-        click.echo(devices.run(cluster, directory, sample).markdown())
+        chosen = find_model(model, cluster.folder)
+        click.echo(devices.run(cluster, chosen, sample).markdown())
 
 
 @cli.command("writers")

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from listener import install
+from listener import install, template
 from listener.catalogue import read_facts
 from listener.config import Settings
 from listener.database import connect
@@ -39,7 +39,7 @@ class Cluster:
             admin.execute(sql.SQL("create database {}").format(identifier))
         try:
             with connect(Settings(database_url=self.server.url(name)), "bench") as conn:
-                conn.execute(install.sql_text("demo.sql").encode())
+                conn.execute(template.sql_text("demo.sql").encode())
             yield self.server.url(name)
         finally:
             with self.admin() as admin:

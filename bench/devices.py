@@ -8,14 +8,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 
 from bench.bare_encode import BATCH_SIZE, bare_seconds
 from bench.cluster import Cluster, install_listener
 from bench.drain import require_all_embedded
+from bench.models import Model
 from bench.processes import REPOSITORY, Line, service
 from bench.progress import say
+from bench.quiet import wait_for_quiet
 from bench.report import Section
 from bench.texts import embedded_texts
 from listener.config import Settings
@@ -82,7 +83,7 @@ class Drained:
     reused: int
 
 
-def run(cluster: Cluster, model: Path, sample: int) -> Section:
+def run(cluster: Cluster, model: Model, sample: int) -> Section:
     """One COPY of all events to a service that sleeps; a line instead if the data isn't there."""
     if not DATA_SET.exists():
         return Section(_TITLE, "Skipped: no data set of device events beside this clone.")
@@ -95,12 +96,14 @@ def run(cluster: Cluster, model: Path, sample: int) -> Section:
         with connect(Settings(database_url=url), "bench") as conn:
             precisions = _precisions(conn, events, drained.texts, sample)
     say("devices: bare encode")
-    bare = bare_seconds(model, drained.texts, cluster.folder)
+    wait_for_quiet()
+    bare = bare_seconds(model.directory, drained.texts, cluster.folder)
     return _section(model, drained, bare, precisions, min(sample, len(events)))
 
 
-def _drain(cluster: Cluster, url: str, model: Path, events: Sequence[dict[str, str]]) -> Drained:
-    with service(cluster, url, model) as process:
+def _drain(cluster: Cluster, url: str, model: Model, events: Sequence[dict[str, str]]) -> Drained:
+    with service(cluster, url, model.directory) as process:
+        wait_for_quiet()
         say(f"devices: copying {len(events)} events")
         _copy(url, events)
         committed = time.time()
@@ -170,7 +173,7 @@ def _precision(
 
 
 def _section(
-    model: Path,
+    model: Model,
     drained: Drained,
     bare: float,
     precisions: tuple[Precision, Precision],
@@ -182,7 +185,7 @@ def _section(
     return Section(
         _TITLE,
         f"{events} log events of real devices, inserted in one COPY while the service sleeps; "
-        f"model `{model.name}`. Service: from the return of the COPY to the commit of the last "
+        f"model {model.name}. Service: from the return of the COPY to the commit of the last "
         "vector. Bare: a process of its own that calls "
         f"`SentenceTransformer.encode(texts, batch_size={BATCH_SIZE})` on all texts, repeated "
         f"ones too. Precision at {_NEIGHBOURS}: the share of the nearest other events that come "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 from bench.bare_encode import BATCH_SIZE, bare_seconds
 from bench.cluster import Cluster, install_listener
+from bench.models import Model
 from bench.processes import service
 from bench.progress import BenchError, say
+from bench.quiet import wait_for_quiet
 from bench.report import Section, at_least
 from bench.texts import copy_messages, embedded_texts, random_texts
 from listener.config import Settings
@@ -38,7 +39,7 @@ class Round:
         return self.bare / self.service
 
 
-def run(cluster: Cluster, model: Path, texts: int, rounds: int) -> Section:
+def run(cluster: Cluster, model: Model, texts: int, rounds: int) -> Section:
     """Each round a fresh database, a fresh bare process and a fresh service."""
     measured = []
     for number in range(rounds):
@@ -50,13 +51,15 @@ def run(cluster: Cluster, model: Path, texts: int, rounds: int) -> Section:
     return _section(model, texts, measured)
 
 
-def _round(cluster: Cluster, model: Path, count: int, seed: int) -> Round:
+def _round(cluster: Cluster, model: Model, count: int, seed: int) -> Round:
     with cluster.database("drain") as url:
         install_listener(url, ["message"])
         copy_messages(url, random_texts(count, seed))
         texts = embedded_texts(url)
-        bare = bare_seconds(model, texts, cluster.folder)
-        with service(cluster, url, model) as process:
+        wait_for_quiet()
+        bare = bare_seconds(model.directory, texts, cluster.folder)
+        wait_for_quiet()
+        with service(cluster, url, model.directory) as process:
             batches = process.wait_for_stored(count, _PATIENCE_SECONDS)
             seconds = batches[-1].seconds - process.wait_for("listening").seconds
         require_all_embedded(url)
@@ -71,7 +74,7 @@ def require_all_embedded(url: str) -> None:
         raise BenchError(f"events without a vector after the drain: {row}")
 
 
-def _section(model: Path, texts: int, rounds: list[Round]) -> Section:
+def _section(model: Model, texts: int, rounds: list[Round]) -> Section:
     rows = [
         (
             str(number),

@@ -6,14 +6,15 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.cluster import Cluster, install_listener
+from bench.models import Model
 from bench.processes import service
 from bench.progress import BenchError, say
+from bench.quiet import wait_for_quiet
 from bench.report import Section, at_most
 from bench.texts import random_texts
 from listener.config import Settings
@@ -60,9 +61,9 @@ class Samples:
     tight: list[float] = field(default_factory=list)
 
 
-def run(cluster: Cluster, model: Path, inserts: int) -> Section:
+def run(cluster: Cluster, model: Model, inserts: int) -> Section:
     """Single inserts at random gaps, in turn with bare encodes of the same texts."""
-    settings = Settings(embedding_model=str(model))
+    settings = Settings(embedding_model=str(model.directory))
     say("latency: loading the bare model")
     embedder = load_embedder(settings)
     texts = random_texts(inserts, seed=2)
@@ -70,7 +71,7 @@ def run(cluster: Cluster, model: Path, inserts: int) -> Section:
         install_listener(url, ["message"])
         opened = Settings(database_url=url)
         with (
-            service(cluster, url, model),
+            service(cluster, url, model.directory),
             connect(opened, "bench-writer") as writer,
             connect(opened, "bench-reader") as reader,
         ):
@@ -85,6 +86,7 @@ def _measure(
 ) -> Samples:
     samples, chance = Samples(), random.Random(3)
     for start in range(0, len(texts), _BLOCK):
+        wait_for_quiet()
         say(f"latency: {start} of {len(texts)} inserts")
         block = texts[start : start + _BLOCK]
         gaps = [chance.uniform(*_GAP_SECONDS) for _ in block]
@@ -113,13 +115,13 @@ def _insert_and_wait(writer: Connection, reader: Connection, text: str) -> float
     raise BenchError(f"event {row[0]} has no vector after {_PATIENCE_SECONDS:.0f} s")
 
 
-def _section(model: Path, samples: Samples) -> Section:
+def _section(model: Model, samples: Samples) -> Section:
     gapped, tight = float(np.median(samples.gapped)), float(np.median(samples.tight))
     return Section(
         "Latency",
         f"{len(samples.visible)} single inserts of distinct texts of about 20 tokens at random "
         f"gaps of {_GAP_SECONDS[0] * 1000:.0f} to {_GAP_SECONDS[1] * 1000:.0f} ms on an idle "
-        f"system, model `{model.name}`, the service a process of its own. Commit to visible runs "
+        f"system, model {model.name}, the service a process of its own. Commit to visible runs "
         "from the return of the autocommit insert until another session is notified of the "
         "committed vector, which is never too short. The overhead is commit to visible minus the "
         "**median** bare encode of one text. The bare encode has the same texts, in blocks of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.progress import BenchError, say
@@ -10,16 +11,24 @@ MINILM = "minilm"
 GTE_SHAPE = "gte-shape"
 
 
-def model_directory(name: str, folder: Path) -> Path:
-    """The directory of a model by its name here, built in `folder` if need be, or the directory."""
+@dataclass(frozen=True)
+class Model:
+    """What a table calls it, and where it is."""
+
+    name: str
+    directory: Path
+
+
+def find_model(name: str, folder: Path) -> Model:
+    """A model by its name here, built in `folder` if need be, or by its directory."""
     if name == MINILM:
-        return minilm()
+        return Model("all-MiniLM-L6-v2", minilm())
     if name == GTE_SHAPE:
-        return gte_shape(folder)
+        return Model("gte-small's shape, random weights", gte_shape(folder))
     directory = Path(name).expanduser().resolve()
     if not directory.is_dir():
         raise BenchError(f"--model {name} is neither {MINILM}, {GTE_SHAPE} nor a directory")
-    return directory
+    return Model(directory.name, directory)
 
 
 def minilm() -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from bench import devices, drain, latency, writers
 from bench.cluster import Cluster, running_cluster
 from bench.machine import describe_machine
-from bench.models import GTE_SHAPE, MINILM, model_directory
+from bench.models import GTE_SHAPE, MINILM, find_model
 from bench.processes import REPOSITORY
 from bench.report import Section
 
@@ -63,10 +63,10 @@ def write_report(text: str) -> Path:
 
 
 def _sections(cluster: Cluster, sizes: Sizes) -> Iterator[Section]:
-    minilm = model_directory(MINILM, cluster.folder)
+    minilm = find_model(MINILM, cluster.folder)
     yield latency.run(cluster, minilm, sizes.inserts)
     for name in sizes.drain_models:
-        model = model_directory(name, cluster.folder)
+        model = find_model(name, cluster.folder)
         yield drain.run(cluster, model, sizes.texts, sizes.drain_rounds)
     yield devices.run(cluster, minilm, sizes.sample)
     yield writers.run(cluster, sizes.clients, sizes.seconds, sizes.writer_rounds)

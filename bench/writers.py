@@ -14,6 +14,7 @@ from bench.models import static
 from bench.pgbench import transactions_per_second
 from bench.processes import LoggedProcess, plain_worker, service
 from bench.progress import say
+from bench.quiet import wait_for_quiet
 from bench.report import Section, at_least
 from listener.config import Settings
 from listener.database import connect
@@ -108,6 +109,7 @@ def _sample(
         with cluster.admin() as admin:
             # So that no run pays for the pages that another one wrote.
             admin.execute("checkpoint")
+        wait_for_quiet()
         tps = transactions_per_second(cluster, variant.database, clients, seconds)
         embedded = _embedded(url) if variant.worker is not None else 0
     with connect(Settings(database_url=url), "bench") as conn:

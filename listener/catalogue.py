@@ -13,7 +13,6 @@ from listener.database import Connection, translated
 
 KEY_TYPES = ("bigint", "integer", "uuid", "text")
 OLDEST_SERVER = 150000
-DIMENSION = 384
 
 
 _COLUMNS = """

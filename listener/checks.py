@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from uuid import UUID
 
-from listener.catalogue import DIMENSION, Facts, read_facts
-from listener.config import Settings
+import numpy as np
+
+from listener.catalogue import Facts, read_facts
+from listener.config import DIMENSION, Settings
 from listener.database import Connection, connect
 from listener.errors import ListenerError
 from listener.install import require_installable, verify
-from listener.queue import Queue
+from listener.queue import Claim, Event, EventId, Queue
 from listener.wakeup import Stop, Wakeup
 
 
@@ -40,7 +43,7 @@ def run_checks(settings: Settings) -> Iterator[Finding]:
         yield Finding("connection", True, f"{facts.database} as {facts.role}")
         yield _check_notify(settings, wake, work)
         yield from _check_schema(facts, work)
-        yield _check_rights(settings, work)
+        yield _check_rights(settings, facts, work)
 
 
 def _check_model(settings: Settings) -> Finding:
@@ -97,13 +100,17 @@ def _check_schema(facts: Facts, work: Connection) -> Iterator[Finding]:
         yield Finding("schema", False, str(error), error.exit_code)
 
 
-def _check_rights(settings: Settings, work: Connection) -> Finding:
-    """Run the loop's statements for no event at all: rights are checked, nothing changes."""
+def _check_rights(settings: Settings, facts: Facts, work: Connection) -> Finding:
+    """Rehearse the loop's statements, claim for real and take it back, the others for no event."""
+    queue = Queue(work, settings, None)
+    kinds: dict[str, EventId] = {"uuid": UUID(int=0), "text": ""}
+    nobody = kinds.get(facts.key.type if facts.key else "", 0)
     try:
-        queue = Queue(work, settings, None)
-        queue.release(0, [])
-        queue.write(0, [], [], "")
-        queue.pending()
+        with work.transaction(force_rollback=True):
+            queue.claim(1)
+            queue.read(Claim(0, [nobody]))
+            queue.write(0, [Event(nobody, 0, "")], [np.zeros(DIMENSION, np.float32)], "")
+            queue.sweep("", None, 1)
     except ListenerError as error:
         return Finding("rights", False, str(error), error.exit_code)
-    return Finding("rights", True, "may claim, write and acknowledge")
+    return Finding("rights", True, "may claim, read, write, acknowledge and sweep")

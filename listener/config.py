@@ -15,6 +15,8 @@ from psycopg.conninfo import conninfo_to_dict
 
 from listener.errors import ConfigError
 
+# The numbers in a vector of event_embeddings.
+DIMENSION = 384
 GTE_SMALL = "thenlper/gte-small"
 GTE_SMALL_REVISION = "17e1f347d17fe144873b1201da91788898c639cd"
 

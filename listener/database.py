@@ -87,7 +87,8 @@ def translated() -> Iterator[None]:
         ) from error
     except errors.InsufficientPrivilege as error:
         raise SchemaError(
-            f"a right is missing ({error.diag.message_primary}); `listener check` names it"
+            f"a right is missing ({error.diag.message_primary}); connect as the role that "
+            "installed, or have it granted"
         ) from error
     except errors.ReadOnlySqlTransaction as error:
         raise ConnectionLost(

@@ -18,6 +18,7 @@ from listener.encoding import Encoder
 from listener.errors import ConfigError, ListenerError
 from listener.search import nearest
 from listener.service import Service
+from listener.template import sql_text
 from listener.wakeup import Stop
 
 _INSERT = """
@@ -84,7 +85,7 @@ def _packaged_model() -> Path:
 
 
 def _prepare(conn: Connection) -> None:
-    conn.execute(install.sql_text("demo.sql").encode())
+    conn.execute(sql_text("demo.sql").encode())
     facts = read_facts(conn)
     plan = install.plan_install(conn, facts, None)
     if plan.steps:

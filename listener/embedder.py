@@ -12,8 +12,7 @@ from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as transformers_logging
 
-from listener.catalogue import DIMENSION
-from listener.config import Settings
+from listener.config import DIMENSION, Settings
 from listener.errors import ConfigError
 from listener.model import ModelFiles, locate
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from listener.catalogue import DIMENSION
+from listener.config import DIMENSION
 from listener.embedder import Embedder
 from listener.errors import EmbeddingError, ModelFault
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from psycopg import errors, sql
+from psycopg import errors
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from listener.catalogue import (
-    DIMENSION,
     KEY_TYPES,
     OLDEST_SERVER,
     Column,
     Facts,
     read_facts,
 )
+from listener.config import DIMENSION
 from listener.database import Connection, translated
 from listener.errors import SchemaError
-from listener.wakeup import GATE_KEY
+from listener.template import fill, placeholders, sql_files, sql_text
 
 _APPLIED = "select a.file, a.digest, a.columns from listener.applied a"
 _RECORD_APPLIED = """
@@ -68,21 +67,6 @@ class Plan:
 
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
-
-
-def sql_text(file: str) -> str:
-    """A file of `sql/`: inside an installed package, else beside it in a clone."""
-    package = Path(__file__).parent
-    inside = package / "sql" / file
-    return (inside if inside.exists() else package.parent / "sql" / file).read_text("utf-8")
-
-
-def sql_files() -> list[str]:
-    """The numbered files of an install, in order."""
-    package = Path(__file__).parent
-    inside = package / "sql"
-    folder = inside if inside.is_dir() else package.parent / "sql"
-    return sorted(path.name for path in folder.glob("0*.sql"))
 
 
 def require_installable(facts: Facts) -> None:
@@ -151,12 +135,12 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
     notes: list[str] = []
 
     chosen = _choose_columns(facts, columns or earlier)
-    values = _placeholders(facts, chosen)
+    values = placeholders(facts, chosen)
     steps = []
     if facts.vector_schema is None:
         steps.append(Step("create extension", "create extension vector;"))
     for file in sql_files():
-        text = _fill(sql_text(file), values)
+        text = fill(sql_text(file), values)
         step = Step(file, text, chosen if file == _INPUT_FILE else None)
         if _is_needed(step, facts, applied, columns is not None, notes):
             steps.append(step)
@@ -230,68 +214,11 @@ def _is_text_like(column: Column) -> bool:
     )
 
 
-def _placeholders(facts: Facts, columns: Sequence[str]) -> dict[str, str]:
-    assert facts.key is not None  # noqa: S101  require_installable has looked
-    vector_schema = sql.Identifier(facts.vector_schema or "public").as_string()
-    return {
-        "key_type": facts.key.type,
-        "vector_schema": vector_schema,
-        "vector": f"{vector_schema}.vector",
-        "gate_key": str(GATE_KEY),
-        "expression": _expression(columns),
-        **_order(facts, facts.key.type),
-    }
-
-
-def _expression(columns: Sequence[str]) -> str:
-    """The bare value of one column; `name: value` lines of several, without the empty ones."""
-    parts = {name: f"event.{sql.Identifier(name).as_string()}::text" for name in columns}
-    if len(parts) == 1:
-        return parts[columns[0]]
-    lines = [
-        f"{sql.Literal(name + ': ').as_string()} || nullif({part}, '')"
-        for name, part in parts.items()
-    ]
-    return "pg_catalog.concat_ws(\n    E'\\n',\n    " + ",\n    ".join(lines) + "\n  )"
-
-
-def _order(facts: Facts, key_type: str) -> dict[str, str]:
-    """How "newest first" is written: by created_at where there is one, else by key.
-
-    A created_at that is nullable or has no index would be read from end to end at each start; an
-    integer key is in nearly the same order and has an index, so it is taken instead.
-    """
-    created = facts.created_at
-    indexed = created is not None and created.not_null and created.leads_an_index
-    time = "coalesce(e.created_at, '-infinity')"
-    since = f"{time} >= coalesce(p_since, '-infinity')" if created else "p_since is null"
-    if created is None or (not indexed and key_type in ("bigint", "integer")):
-        return {
-            "newest_first": "e.id desc",
-            "position": "pg_catalog.jsonb_build_array(e.id)",
-            "from_position": f"e.id <= (v_from ->> 0)::{key_type}",
-            "in_time": since,
-        }
-    if indexed:
-        time = "e.created_at"
-        since = "e.created_at >= coalesce(p_since, '-infinity')"
-    return {
-        "newest_first": f"{time} desc, e.id desc",
-        "position": f"pg_catalog.jsonb_build_array({time}, e.id)",
-        "from_position": f"({time}, e.id) <= "
-        f"((v_from ->> 0)::{created.type}, (v_from ->> 1)::{key_type})",
-        "in_time": since,
-    }
-
-
-def _fill(text: str, values: dict[str, str]) -> str:
-    for name, value in values.items():
-        text = text.replace(f"@{name}@", value)
-    return text
-
-
 def apply_plan(conn: Connection, plan: Plan) -> None:
-    """Run the steps in one transaction, again if a lock on iot_events is not to be had at once."""
+    """Run the steps in one transaction, again if a lock on iot_events is not to be had at once.
+
+    Raises SchemaError if it isn't to be had at all.
+    """
     attempts = Retrying(
         retry=retry_if_exception_type(errors.LockNotAvailable),
         wait=wait_random_exponential(multiplier=0.5, max=5),
@@ -299,7 +226,12 @@ def apply_plan(conn: Connection, plan: Plan) -> None:
         reraise=True,
     )
     with translated():
-        attempts(_apply_once, conn, plan.steps)
+        try:
+            attempts(_apply_once, conn, plan.steps)
+        except errors.LockNotAvailable:
+            raise SchemaError(
+                "another transaction holds public.iot_events; end it, or come again later"
+            ) from None
 
 
 def _apply_once(conn: Connection, steps: Sequence[Step]) -> None:

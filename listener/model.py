@@ -38,6 +38,8 @@ def locate(settings: Settings) -> ModelFiles:
     directory = Path(settings.embedding_model).expanduser()
     if directory.is_dir():
         return ModelFiles(directory, f"{_short_path(directory)}@{_digest(directory)[:12]}")
+    if settings.embedding_model.startswith(("/", ".", "~")):
+        raise ConfigError(f"EMBEDDING_MODEL {settings.embedding_model} is not a directory")
     try:
         found = snapshot_download(
             settings.embedding_model,

@@ -238,10 +238,18 @@ where q.event_id = h.event_id
 # Events that READ found deleted. Asked again with a fresh snapshot: one that came back with the
 # same id has a new version or is visible now, and stays.
 DISCARD = """
+with held as materialized (
+  select q.event_id
+  from listener.queue q
+  where q.event_id = any(%(event_ids)s)
+    and q.lease = %(lease)s
+    and not exists (select from public.iot_events e where e.id = q.event_id)
+  order by q.event_id
+  for update skip locked
+)
 delete from listener.queue q
-where q.event_id = any(%(event_ids)s)
-  and q.lease = %(lease)s
-  and not exists (select from public.iot_events e where e.id = q.event_id)
+using held h
+where q.event_id = h.event_id
 """
 
 # --- sweep -------------------------------------------------------------------------------------
@@ -254,22 +262,40 @@ from listener.sweep(%(model)s, %(start)s, %(events)s, %(since)s) s
 # Parked events that were deleted; a full sweep also removes embeddings whose event is gone, which
 # can only be where triggers were off.
 DISCARD_PARKED = """
+with held as materialized (
+  select q.event_id
+  from listener.queue q
+  where q.lane in (0, 1)
+    and q.due_at = 'infinity'
+    and not exists (select from public.iot_events e where e.id = q.event_id)
+  order by q.event_id
+  for update skip locked
+)
 delete from listener.queue q
-where q.lane in (0, 1)
-  and q.due_at = 'infinity'
-  and not exists (select from public.iot_events e where e.id = q.event_id)
+using held h
+where q.event_id = h.event_id
 """
 DELETE_ORPHANS = """
 delete from public.event_embeddings m
 where not exists (select from public.iot_events e where e.id = m.event_id)
+  -- Not one that was written while this ran, for an event that came back with its id.
+  and m.embedded_at < now()
 """
 
 RETRY = """
+with held as materialized (
+  select q.event_id
+  from listener.queue q
+  where q.lane in (0, 1)
+    and q.due_at = 'infinity'
+    and (%(event_ids)s::text[] is null or q.event_id::text = any(%(event_ids)s::text[]))
+  order by q.event_id
+  for update skip locked
+)
 update listener.queue q
 set due_at = now(), attempts = 0, error = null
-where q.lane in (0, 1)
-  and q.due_at = 'infinity'
-  and (%(event_ids)s::text[] is null or q.event_id::text = any(%(event_ids)s::text[]))
+from held h
+where q.event_id = h.event_id
 returning q.event_id
 """
 
@@ -295,9 +321,19 @@ select
    order by q.due_at desc, q.queued_at desc limit 1) as last_error
 """
 
+# Those whose session lives: they hold the lock of their number.
 WORKERS = """
 select w.worker, w.host, w.pid, w.model, w.started_at, w.seen_at
 from listener.worker w
+where exists (
+  select from pg_catalog.pg_locks l
+  join pg_catalog.pg_database d on d.oid = l.database
+  where d.datname = current_database()
+    and l.locktype = 'advisory'
+    and l.granted
+    and l.classid = %(lock_class)s
+    and l.objid = w.worker
+)
 order by w.worker
 """
 
@@ -316,3 +352,4 @@ DESCRIBE = "select * from listener.describe(%(event_id)s)"
 NEAREST = "select * from listener.nearest(%(embedding)s, %(model)s, %(limit)s)"
 
 PENDING = "select count(*) from listener.queue q where q.due_at < 'infinity'"
+PARKED_COUNT = "select count(*) from listener.queue q where q.due_at = 'infinity'"

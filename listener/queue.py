@@ -28,6 +28,8 @@ Vector = NDArray[np.float32]
 # What a single row can cause: bad data, a violated constraint, an exception raised in SQL.
 ROW_ERRORS = (errors.DataError, errors.IntegrityError, errors.RaiseException)
 
+_PASSING_LOCK_SECONDS = 0.01
+
 
 @dataclass(frozen=True)
 class Event:
@@ -124,14 +126,28 @@ class Queue:
 
     def write(
         self, lease: int, events: Sequence[Event], vectors: Sequence[Vector], model: str
-    ) -> list[EventId]:
+    ) -> set[EventId]:
         """Store unit vectors and acknowledge, fenced by lease and version.
 
         Returns the ids stored. The rest changed, went or were taken over meanwhile; those still
         ours are given back. A row that the database refuses fails alone.
         """
+        stored = self._write(lease, events, vectors, model)
+        left = [
+            pair for pair in zip(events, vectors, strict=True) if pair[0].event_id not in stored
+        ]
+        if left:
+            # A claim in another session may have locked a row for a moment while passing it by.
+            time.sleep(_PASSING_LOCK_SECONDS)
+            stored |= self._write(lease, [e for e, _ in left], [v for _, v in left], model)
+            self.release(lease, [e.event_id for e, _ in left if e.event_id not in stored])
+        return stored
+
+    def _write(
+        self, lease: int, events: Sequence[Event], vectors: Sequence[Vector], model: str
+    ) -> set[EventId]:
         if not events:
-            return []
+            return set()
         try:
             rows = self._execute(
                 queries.WRITE,
@@ -145,16 +161,12 @@ class Queue:
         except ROW_ERRORS as error:
             if len(events) == 1:
                 self.fail(lease, [events[0].event_id], f"{type(error).__name__}: {error}")
-                return []
+                return set()
             half = len(events) // 2
-            return self.write(lease, events[:half], vectors[:half], model) + self.write(
+            return self._write(lease, events[:half], vectors[:half], model) | self._write(
                 lease, events[half:], vectors[half:], model
             )
-        stored = [event_id for (event_id,) in rows]
-        if len(stored) < len(events):
-            left = {event.event_id for event in events} - set(stored)
-            self.release(lease, list(left))
-        return stored
+        return {event_id for (event_id,) in rows}
 
     def fail(self, lease: int, event_ids: Sequence[EventId], reason: str) -> int:
         """Count a failed attempt: due again after a while, or parked with the reason.
@@ -221,7 +233,8 @@ class Queue:
         """Parked events, these or all, back to the queue with their attempts forgotten."""
         wanted = None if event_ids is None else list(event_ids)
         rows = self._execute(queries.RETRY, event_ids=wanted)
-        self.notify()
+        if rows:
+            self.notify()
         return [event_id for (event_id,) in rows]
 
     def notify(self) -> None:
@@ -231,6 +244,10 @@ class Queue:
     def pending(self) -> int:
         """How many events wait, parked ones not counted."""
         return int(self._execute(queries.PENDING)[0][0])
+
+    def parked(self) -> int:
+        """How many events are parked."""
+        return int(self._execute(queries.PARKED_COUNT)[0][0])
 
     def _execute(self, statement: str, **parameters: Any) -> list[Any]:
         with translated():

@@ -5,41 +5,22 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 from listener import notify_systemd
 from listener.config import Settings
 from listener.database import Connection, connect, reconnecting
-from listener.encoding import Encoded, Encoder
-from listener.errors import ConnectionLost, EmbeddingError, ModelFault
+from listener.encoding import Encoder
+from listener.errors import ConnectionLost, ModelFault
 from listener.install import verify
 from listener.logs import log
-from listener.queue import Claim, Event, Queue
+from listener.pipeline import Pipeline
+from listener.queue import Queue
 from listener.wakeup import Stop, Wakeup
-from listener.worker import Worker
+from listener.worker import BEAT_SECONDS, Worker
 
-# While a batch is encoded the next is claimed; more would only lengthen the leases.
-_AHEAD = 2
-# A batch this long keeps a new event's wait behind a backfill, and a stop, well under a second.
-_BATCH_SECONDS = 0.5
-_SMALLEST_BATCH = 16
-# Dead peers are looked for this often: twice a second would be felt, ten seconds is too long.
-_BEAT_SECONDS = 1.5
 _SWEEP_PAGE = 2_000
-
-
-@dataclass
-class Batch:
-    """A claim on its way through the model."""
-
-    claim: Claim
-    events: list[Event]
-    encoding: Future[Encoded]
-    started: float
 
 
 class Service:
@@ -132,7 +113,7 @@ class _Session:
         self._worker = worker
         self._work = work
         self._queue = Queue(work, settings, worker.number if worker else None)
-        self._batch_events = _SMALLEST_BATCH * 4
+        self._pipeline = Pipeline(settings, self._queue, encoder, stop)
         self._sweep_from: str | None = None
         self._sweep_left = settings.backfill_last_n
         self._next_sweep = time.monotonic() if settings.backfill_last_n else float("inf")
@@ -157,118 +138,29 @@ class _Session:
         while not self._stop.is_set() and (self._drain() or self._sweep_page()):
             pass
 
+    def _drain(self) -> int:
+        return self._pipeline.drain(self._wake_up)
+
+    def _wake_up(self, is_full: bool) -> None:
+        """There is something to do: let writers pass without NOTIFY, and call for help if much."""
+        self._wakeup.open_gate()
+        if is_full:
+            self._wakeup.call_help(self._work)
+
     def _sleep(self, seconds: float) -> bool:
         """Sleep in beats. Returns whether there is reason to look at the queue."""
         retry = self._queue.seconds_to_retry()
         deadline = time.monotonic() + min(seconds, retry, self._seconds_to_sweep())
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
-            if self._wakeup.sleep(min(left, _BEAT_SECONDS)):
+            if self._wakeup.sleep(min(left, BEAT_SECONDS)):
                 return True
-            if left > _BEAT_SECONDS and self._beat():
+            if self._beat():
                 return True
         return False
 
     def _beat(self) -> bool:
         """Release what dead workers hold. Returns whether there was any."""
         return self._worker is not None and self._worker.beat() > 0
-
-    # --- drain -----------------------------------------------------------------------------
-
-    def _drain(self) -> int:
-        """Claim, encode and write until nothing more is due. Returns how many were claimed."""
-        claimed = 0
-        batches: deque[Batch] = deque()
-        more = True
-        try:
-            while True:
-                while more and len(batches) < _AHEAD and not self._stop.is_set():
-                    batch, more = self._next_batch(first=claimed == 0)
-                    if batch is not None:
-                        claimed += len(batch.claim.event_ids)
-                        batches.append(batch)
-                if not batches or (self._stop.is_set() and self._give_back_unstarted(batches)):
-                    return claimed
-                self._finish(batches[0])
-                batches.popleft()
-        except ModelFault:
-            for batch in batches:
-                batch.encoding.cancel()
-                self._queue.release(batch.claim.lease, batch.claim.event_ids)
-            raise
-
-    def _next_batch(self, *, first: bool) -> tuple[Batch | None, bool]:
-        """Claim, read and hand over to the model. The second value: whether more may be due."""
-        asked = self._batch_events
-        claim = self._queue.claim(asked)
-        if claim is None:
-            return None, False
-        if first:
-            self._wakeup.open_gate()
-        full = len(claim.event_ids) >= asked
-        if first and full:
-            self._wakeup.call_help(self._work)
-        events = self._queue.read(claim)
-        encoding = self._encoder.submit([event.text for event in events])
-        more = full or claim.retried
-        return Batch(claim, events, encoding, time.monotonic()), more
-
-    def _finish(self, batch: Batch) -> None:
-        """Wait for the vectors, extending the leases meanwhile, then store and acknowledge."""
-        while True:
-            try:
-                encoded = batch.encoding.result(timeout=self._settings.lease_seconds / 3)
-                break
-            except TimeoutError:
-                self._queue.extend(batch.claim.lease, batch.claim.event_ids)
-        good = [
-            (event, result)
-            for event, result in zip(batch.events, encoded.results, strict=True)
-            if not isinstance(result, EmbeddingError)
-        ]
-        stored = len(
-            self._queue.write(
-                batch.claim.lease,
-                [event for event, _ in good],
-                [vector for _, vector in good],
-                self._encoder.fingerprint,
-            )
-        )
-        failed = self._fail(batch, encoded)
-        seconds = time.monotonic() - batch.started
-        self._adapt(len(batch.events), seconds)
-        log(
-            logging.INFO,
-            "batch_stored",
-            events=stored,
-            encoded=encoded.encoded,
-            reused=encoded.reused,
-            failed=failed,
-            outdated=len(good) - stored,
-            seconds=seconds,
-        )
-
-    def _fail(self, batch: Batch, encoded: Encoded) -> int:
-        lease = batch.claim.lease
-        return sum(
-            self._queue.fail(lease, [event.event_id], str(result))
-            for event, result in zip(batch.events, encoded.results, strict=True)
-            if isinstance(result, EmbeddingError)
-        )
-
-    def _give_back_unstarted(self, batches: deque[Batch]) -> bool:
-        """On a stop: release the claims whose encode hasn't begun. Returns whether none is left."""
-        for batch in [batch for batch in batches if batch.encoding.cancel()]:
-            self._queue.release(batch.claim.lease, batch.claim.event_ids)
-            batches.remove(batch)
-        return not batches
-
-    def _adapt(self, events: int, seconds: float) -> None:
-        """Size the next batch so that it takes about half a second."""
-        wanted = int(events / max(seconds, 1e-3) * _BATCH_SECONDS)
-        bounded = max(min(wanted, self._batch_events * 2), _SMALLEST_BATCH)
-        self._batch_events = min(bounded, self._settings.batch_events)
-
-    # --- sweep -----------------------------------------------------------------------------
 
     def _sweep_page(self) -> bool:
         """Queue one page of the last N, only when nothing else is due. Returns whether it did.

@@ -10,7 +10,7 @@ from listener import queries
 from listener.config import Settings
 from listener.database import Connection, translated
 from listener.errors import ConfigError
-from listener.model import locate
+from listener.worker import LOCK_CLASS
 
 _PARKED_SHOWN = 20
 
@@ -22,13 +22,22 @@ def read_status(conn: Connection, settings: Settings) -> dict[str, Any]:
         status["parked_events"] = cursor.execute(
             queries.PARKED, {"limit": _PARKED_SHOWN}
         ).fetchall()
-        status["workers"] = cursor.execute(queries.WORKERS).fetchall()
+    status["workers"] = read_workers(conn)
     status["scope"] = _scope(conn, settings)
     return status
 
 
+def read_workers(conn: Connection) -> list[dict[str, Any]]:
+    """The workers that live. One behind a transaction pooler, or that only polls, is not seen."""
+    with translated(), conn.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(queries.WORKERS, {"lock_class": LOCK_CLASS}).fetchall()
+
+
 def _scope(conn: Connection, settings: Settings) -> dict[str, Any]:
     """Coverage of the last N; None where the model that it asks about isn't here."""
+    # Imports the hub's client, after HF_HUB_OFFLINE is set and only here.
+    from listener.model import locate
+
     last = settings.backfill_last_n
     try:
         model = locate(settings).fingerprint

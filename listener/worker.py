@@ -12,7 +12,9 @@ from listener import queries
 from listener.database import Connection, translated
 
 # The first half of each worker's lock key.
-_LOCK_CLASS = 470_211
+LOCK_CLASS = 470_211
+# Dead peers are looked for this often: twice a second would be felt, ten seconds is too long.
+BEAT_SECONDS = 1.5
 _SEEN_SECONDS = 30.0
 
 
@@ -22,6 +24,7 @@ class Worker:
     def __init__(self, conn: Connection, number: int) -> None:
         self._conn = conn
         self.number = number
+        self._next_beat = time.monotonic()
         self._next_seen = time.monotonic() + _SEEN_SECONDS
 
     @classmethod
@@ -32,7 +35,7 @@ class Worker:
             row = conn.execute(queries.NEW_WORKER).fetchone()
             assert row is not None  # noqa: S101  nextval gives a row
             number = int(row[0])
-            conn.execute(queries.LOCK_WORKER, {"lock_class": _LOCK_CLASS, "worker": number})
+            conn.execute(queries.LOCK_WORKER, {"lock_class": LOCK_CLASS, "worker": number})
             conn.execute(
                 queries.REGISTER_WORKER,
                 {
@@ -50,9 +53,15 @@ class Worker:
             conn.execute(queries.FORGET_WORKER, {"worker": number})
 
     def beat(self) -> int:
-        """Release the events of workers whose session is gone. Returns how many."""
+        """Release the events of workers whose session is gone. Returns how many.
+
+        Called more often than every BEAT_SECONDS it does nothing.
+        """
+        if time.monotonic() < self._next_beat:
+            return 0
+        self._next_beat = time.monotonic() + BEAT_SECONDS
         with translated():
-            parameters = {"lock_class": _LOCK_CLASS, "worker": self.number}
+            parameters = {"lock_class": LOCK_CLASS, "worker": self.number}
             released = self._conn.execute(queries.RELEASE_DEAD, parameters).rowcount
             if time.monotonic() >= self._next_seen:
                 self._conn.execute(queries.SEE_WORKER, {"worker": self.number})

@@ -1,5 +1,5 @@
 -- The private schema: what waits to be embedded, who is embedding, and what was installed.
--- @key_type@ stands for the type of iot_events.id; every file here may be run again.
+-- Every file here may be run again.
 
 create schema if not exists listener;
 

@@ -77,15 +77,27 @@ set search_path = ''
 as $$
   with page as materialized (
     select * from listener.page(p_from, p_limit, p_since)
-  ), queued as (
-    insert into listener.queue (event_id, lane, due_at)
-    -- Due in the past and in the order of the page, so that the newest is claimed first.
-    select p.event_id, 1, now() - (p_limit - p.place) * interval '1 microsecond'
+  ), lacking as materialized (
+    select p.event_id, p.place
     from page p
     left join public.event_embeddings m on m.event_id = p.event_id
     where m.event_id is null
       or m.model <> p_model
       or m.content_hash is distinct from p.content_hash
+  ), free as materialized (
+    -- What a writer is changing now is queued by its own trigger. Waiting for its queue row would
+    -- hold up every other writer of this page, and could end in a deadlock.
+    select l.event_id, l.place
+    from lacking l
+    join public.iot_events e on e.id = l.event_id
+    order by l.event_id
+    for no key update of e skip locked
+  ), queued as (
+    insert into listener.queue (event_id, lane, due_at)
+    -- Due in the past and in the order of the page, so that the newest is claimed first.
+    select f.event_id, 1, now() - (p_limit - f.place) * interval '1 microsecond'
+    from free f
+    order by f.event_id
     on conflict (event_id) do nothing
     returning 1
   )

@@ -1,5 +1,6 @@
 -- The only thing the listener adds to the user's table. Statement-level: 100,000 rows in one COPY
--- cost one call. "Always": also for rows that replication writes.
+-- cost one call. "Always": also for sessions that write as a replica does. Logical replication itself
+-- fires no statement triggers once the first copy is over; the sweep finds its rows.
 -- Locks iot_events against writers until the install commits.
 
 create or replace trigger listener_inserted

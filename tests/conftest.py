@@ -23,6 +23,7 @@ from listener.catalogue import read_facts
 from listener.config import GTE_SMALL_REVISION, Settings
 from listener.database import connect
 from listener.embedded import Server, binaries
+from listener.template import sql_text
 from tests.harness import Command, Database, environment
 
 _DATASET = Path(__file__).parents[2] / "shared" / "data" / "device_events.csv"
@@ -74,7 +75,7 @@ def template(server: Server) -> str:
     """A database with the demo's iot_events and the listener installed."""
     url = create_database(server, "installed")
     with connect(Settings(database_url=url), "listener-test") as conn:
-        conn.execute(install.sql_text("demo.sql").encode())
+        conn.execute(sql_text("demo.sql").encode())
         install.apply_plan(conn, install.plan_install(conn, read_facts(conn), None))
     return "installed"
 
@@ -150,7 +151,7 @@ def static_model(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path
     """A static-embedding model: no transformer, next to no cost."""
     import numpy as np
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import StaticEmbedding
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
@@ -167,7 +168,7 @@ def gte_small_cache(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> P
     """A hub cache with a model of gte-small's shape: 12 layers, fp16 files, random weights."""
     import torch
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     home = tmp_path_factory.mktemp("hub")

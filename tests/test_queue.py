@@ -67,7 +67,7 @@ def test_a_zombie_can_not_write_after_its_lease_was_taken_over(
 
     stored = queue.write(zombie.lease, late, [vector_of(late[0].text)], MODEL)
 
-    assert stored == []
+    assert not stored
     assert database.embedded() == {}
 
 
@@ -80,7 +80,7 @@ def test_an_event_updated_while_encoded_is_embedded_again(database: Database, qu
 
     stored = queue.write(claim.lease, events, [vector_of(events[0].text)], MODEL)
 
-    assert stored == []
+    assert not stored
     assert "new" in queue.read(claimed(queue))[0].text
 
 
@@ -113,7 +113,7 @@ def test_an_event_deleted_and_inserted_again_with_its_id_is_embedded_anew(
         event_id,
     )
 
-    assert queue.write(claim.lease, events, [vector_of(events[0].text)], MODEL) == []
+    assert not queue.write(claim.lease, events, [vector_of(events[0].text)], MODEL)
 
     store(queue, claimed(queue))
     database.assert_invariant()

@@ -1,0 +1,87 @@
+"""`listener install` and `uninstall`."""
+
+from __future__ import annotations
+
+import click
+
+from listener import install
+from listener.catalogue import Facts, read_facts
+from listener.config import Settings, load_settings
+from listener.console import DATABASE, Command, say
+from listener.database import connect
+from listener.report import Report, facts_lines, require_reports_dir, write_report
+
+
+@click.command("install", cls=Command, settings=(*DATABASE, "reports_dir"))
+@click.option(
+    "--columns", help="Columns to embed, comma-separated; default: all but keys and times."
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and the SQL, change nothing.")
+def install_command(columns: str | None, dry_run: bool) -> None:
+    """Create the queue, event_embeddings and the triggers; all or nothing, harmless twice."""
+    settings = load_settings()
+    wanted = [name.strip() for name in columns.split(",")] if columns else None
+    with connect(settings, "listener-install") as conn:
+        before = read_facts(conn)
+        install.require_installable(before)
+        plan = install.plan_install(conn, before, wanted)
+        if dry_run:
+            _print_plan(plan)
+            return
+        if plan.steps:
+            require_reports_dir(settings)
+            install.apply_plan(conn, plan)
+        after = install.verify(conn)
+        _tell_install(settings, before, plan, after)
+
+
+def _print_plan(plan: install.Plan) -> None:
+    for step in plan.steps:
+        click.echo(f"-- ===== {step.file}\n{step.text.rstrip()}\n")
+    _tell_steps(plan)
+
+
+def _tell_steps(plan: install.Plan) -> None:
+    for step in plan.steps:
+        say(f"{step.file}: {step.reason or step.text}")
+    for note in plan.notes:
+        say(f"note: {note}")
+    if not plan.steps:
+        say("nothing to do: everything is in place")
+
+
+def _tell_install(settings: Settings, before: Facts, plan: install.Plan, after: Facts) -> None:
+    _tell_steps(plan)
+    if not plan.steps:
+        return
+    if before.input_source and before.input_source != after.input_source:
+        say("the embedded text changed; run `listener backfill --all`")
+    report = Report(
+        "install",
+        facts_lines(before),
+        [f"{step.file}: {step.reason or step.text}" for step in plan.steps] + list(plan.notes),
+        facts_lines(after),
+        "`listener uninstall`, with `--drop-embeddings` if the vectors shall go too.",
+    )
+    say(f"installed; report in {write_report(settings, report)}")
+
+
+@click.command("uninstall", cls=Command, settings=(*DATABASE, "reports_dir"))
+@click.option("--drop-embeddings", is_flag=True, help="Drop public.event_embeddings too.")
+def uninstall_command(drop_embeddings: bool) -> None:
+    """Take the triggers and the queue out again; iot_events is left as it was."""
+    settings = load_settings()
+    require_reports_dir(settings)
+    with connect(settings, "listener-uninstall") as conn:
+        before = read_facts(conn)
+        plan = install.plan_uninstall(drop_embeddings)
+        install.apply_plan(conn, plan)
+        after = read_facts(conn)
+    report = Report(
+        "uninstall",
+        facts_lines(before),
+        [f"{step.file}: {step.reason}" for step in plan.steps],
+        facts_lines(after),
+        "`listener install`, then `listener backfill --all`.",
+    )
+    say(f"uninstalled; report in {write_report(settings, report)}")

@@ -1,0 +1,115 @@
+"""`listener check`, `status`, `show` and `search`: what only reads."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+
+import click
+import psycopg
+
+from listener.config import load_settings
+from listener.console import DATABASE, ENCODING, MODEL, SERVICE, Command, load_encoder
+from listener.database import connect
+from listener.errors import ConfigError, ListenerError
+from listener.logs import configure_logs, redact
+from listener.search import EventState, Hit, describe, nearest
+from listener.status import read_status, status_lines
+
+
+@click.command("check", cls=Command, settings=SERVICE)
+def check_command() -> None:
+    """One line per precondition, ok or FAIL with the remedy; exit 0 only if all are ok."""
+    from listener.checks import run_checks
+
+    settings = load_settings()
+    configure_logs(replace(settings, log_level="error"))
+    codes = []
+    for finding in run_checks(settings):
+        detail = redact(finding.detail, settings.secrets())
+        click.echo(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<11} {detail}")
+        if not finding.ok:
+            codes.append(finding.exit_code)
+    if codes:
+        sys.exit(codes[0])
+
+
+@click.command("status", cls=Command, settings=(*DATABASE, *MODEL, "backfill_last_n"))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def status_command(as_json: bool) -> None:
+    """Embedded, pending, parked, coverage of the last N, workers, last error."""
+    settings = load_settings()
+    with connect(settings, "listener-status") as conn:
+        status = read_status(conn, settings)
+    if as_json:
+        click.echo(json.dumps(status, default=str))
+    else:
+        click.echo("\n".join(status_lines(status)))
+
+
+@click.command("show", cls=Command, settings=(*DATABASE, *MODEL))
+@click.argument("event_id", metavar="ID")
+def show_command(event_id: str) -> None:
+    """What would be embedded for an event, its state, and its nearest neighbours."""
+    settings = load_settings()
+    with connect(settings, "listener-show") as conn:
+        try:
+            state = describe(conn, event_id)
+        except psycopg.DataError:
+            raise ConfigError(f"{event_id!r} is not of the type of iot_events.id") from None
+        if state is None:
+            raise ConfigError(f"there is no event {event_id}")
+        from listener.embedder import load_embedder
+
+        embedder = load_embedder(settings)
+        tokens = embedder.count_tokens(state.input)
+        limit = embedder.max_tokens
+        cut = limit is not None and tokens > limit
+        click.echo(f"event     {state.event_id}")
+        click.echo(f"tokens    {tokens}{f', cut at {limit}' if cut else ''}")
+        click.echo(f"state     {_state(state, embedder.fingerprint)}")
+        click.echo(f"text\n{_indented(state.input)}")
+        if state.embedding is not None and state.model is not None:
+            click.echo("neighbours")
+            hits = nearest(conn, state.embedding, state.model, limit=6)
+            _print_hits([hit for hit in hits if hit.event_id != state.event_id][:5])
+
+
+def _state(state: EventState, model: str) -> str:
+    if state.parked:
+        return f"parked after {state.attempts} attempts: {state.error}"
+    if state.pending:
+        why = f", last error: {state.error}" if state.error else ""
+        return f"pending, {'claimed' if state.leased else 'waiting'}{why}"
+    if state.model is None:
+        return "not embedded and not queued: outside the scope, see `listener backfill`"
+    current = "current" if state.is_current and state.model == model else "outdated"
+    return f"embedded {state.embedded_at:%Y-%m-%d %H:%M:%S}, {current}, {state.model}"
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def _print_hits(hits: Sequence[Hit]) -> None:
+    for hit in hits:
+        click.echo(f"  {hit.similarity:.3f}  {hit.event_id}  {' · '.join(hit.text.splitlines())}")
+
+
+@click.command("search", cls=Command, settings=(*DATABASE, *ENCODING))
+@click.argument("text")
+@click.option("--limit", type=click.IntRange(1), default=10, show_default=True)
+def search_command(text: str, limit: int) -> None:
+    """The events nearest in meaning to a text."""
+    settings = load_settings()
+    with connect(settings, "listener-search") as conn, closing(load_encoder(settings)) as encoder:
+        vector = encoder.encode([text]).results[0]
+        if isinstance(vector, ListenerError):
+            raise vector
+        hits = nearest(conn, vector, encoder.fingerprint, limit)
+    if not hits:
+        raise ConfigError(f"no event is embedded with {encoder.fingerprint} yet")
+    _print_hits(hits)

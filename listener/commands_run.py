@@ -1,0 +1,188 @@
+"""`listener run`, `demo`, `backfill`, `retry` and `model fetch`: what embeds or queues."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import closing
+from dataclasses import replace
+from datetime import datetime
+
+import click
+from rich.console import Console
+
+from listener import install
+from listener.backfill import follow, queue_events
+from listener.config import Settings, load_settings
+from listener.console import (
+    DATABASE,
+    MODEL,
+    SERVICE,
+    Command,
+    load_encoder,
+    say,
+    stop_on_signals,
+)
+from listener.database import Connection, connect
+from listener.errors import ConfigError, ListenerError, SchemaError
+from listener.logs import configure_logs
+from listener.queue import Queue
+from listener.report import Report, require_reports_dir, write_report
+from listener.status import read_workers
+from listener.wakeup import Stop
+
+
+@click.command("run", cls=Command, settings=SERVICE)
+@click.option("--once", is_flag=True, help="Embed what is due and the last N, then end.")
+@click.option("--backfill-last", type=click.IntRange(0), help="Instead of BACKFILL_LAST_N.")
+def run_command(once: bool, backfill_last: int | None) -> None:
+    """Embed events as they are committed, until SIGTERM or Ctrl-C."""
+    settings = load_settings()
+    if backfill_last is not None:
+        settings = replace(settings, backfill_last_n=backfill_last)
+    configure_logs(settings)
+    stop = stop_on_signals()
+    _serve(settings, stop, once=once)
+
+
+def _serve(settings: Settings, stop: Stop, *, once: bool) -> None:
+    from listener.service import Service
+
+    with closing(load_encoder(settings)) as encoder:
+        Service(settings, encoder, stop).run(once=once)
+
+
+@click.command("demo", cls=Command, settings=("demo_dir", *SERVICE))
+@click.option("--events", type=click.IntRange(1), help="End after this many events.")
+def demo_command(events: int | None) -> None:
+    """Watch simulated device events get their vectors, on an embedded Postgres."""
+    from listener.demo import run_demo
+
+    settings = load_settings()
+    configure_logs(replace(settings, log_level="warning"))
+    run_demo(settings, events, stop_on_signals(), Console(soft_wrap=True))
+
+
+@click.command("backfill", cls=Command, settings=(*SERVICE, "reports_dir"))
+@click.option("--last", type=click.IntRange(1), help="The newest N events.")
+@click.option("--all", "everything", is_flag=True, help="All events.")
+@click.option("--since", type=click.DateTime(), help="Only events created at or after this time.")
+@click.option("--work", is_flag=True, help="Embed here and now instead of waiting for the service.")
+def backfill_command(
+    last: int | None, everything: bool, since: datetime | None, work: bool
+) -> None:
+    """Queue events without a current embedding, newest first, and follow them being embedded."""
+    if (last is None) != everything:
+        raise click.UsageError("give either --last N or --all")
+    # Imports the hub's client, a third of a second.
+    from listener.model import locate
+
+    settings = load_settings()
+    configure_logs(settings)
+    require_reports_dir(settings)
+    model = locate(settings).fingerprint
+    with connect(settings, "listener-backfill") as conn:
+        facts = install.verify(conn)
+        if since and facts.created_at is None:
+            raise SchemaError("--since needs a column created_at of a timestamp type on iot_events")
+        queue = Queue(conn, settings, None)
+        before = queue.pending()
+        queued = queue_events(queue, model, last, since and since.astimezone(), _tell_queued)
+        orphans = queue.delete_orphans() if everything else 0
+        steps = [
+            f"looked at {queued.scanned} events, queued {queued.queued}",
+            f"deleted {orphans} embeddings of events that are gone",
+        ]
+        stopped = _drain(conn, queue, settings, work=work)
+        left = queue.pending()
+    report = Report(
+        "backfill",
+        [f"pending: {before}"],
+        [*steps, "stopped before the end" if stopped else "followed to the end"],
+        [f"pending: {left}"],
+        "Nothing to undo; embeddings of a text are the same however often it is embedded.",
+    )
+    say(f"{left} pending; report in {write_report(settings, report)}")
+
+
+def _tell_queued(scanned: int, queued: int) -> None:
+    say(f"looked at {scanned}, queued {queued}")
+
+
+def _drain(conn: Connection, queue: Queue, settings: Settings, *, work: bool) -> bool:
+    """Follow the drain, by the service or by ourselves. Returns whether a signal ended it."""
+    stop = stop_on_signals()
+    failures: list[ListenerError] = []
+    worker = threading.Thread(target=_work, args=(settings, stop, failures), name="worker")
+    if work:
+        worker.start()
+    elif not read_workers(conn) and queue.pending():
+        say(
+            "no service is seen (one that only polls never is); start `listener run`, or add "
+            "--work to embed here"
+        )
+        return False
+    follow(
+        queue,
+        _tell_progress,
+        lambda: stop.is_set() or (work and not worker.is_alive()),
+        seconds=1.0,
+    )
+    if work:
+        worker.join()
+    if failures:
+        raise failures[0]
+    return stop.is_set()
+
+
+def _work(settings: Settings, stop: Stop, failures: list[ListenerError]) -> None:
+    try:
+        _serve(replace(settings, backfill_last_n=0), stop, once=True)
+    except ListenerError as error:
+        failures.append(error)
+
+
+def _tell_progress(left: int, rate: float) -> None:
+    time_left = f"{left / rate:.0f} s left" if rate else "waiting"
+    say(f"{left} pending, {rate:.0f} events/s, {time_left}")
+
+
+@click.command("retry", cls=Command, settings=(*DATABASE, "reports_dir"))
+@click.argument("ids", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All parked events.")
+def retry_command(ids: tuple[str, ...], everything: bool) -> None:
+    """Put parked events back to the queue, their attempts forgotten."""
+    if bool(ids) == everything:
+        raise click.UsageError("give ids or --all")
+    settings = load_settings()
+    require_reports_dir(settings)
+    with connect(settings, "listener-retry") as conn:
+        queue = Queue(conn, settings, None)
+        before = queue.parked()
+        retried = queue.retry(None if everything else ids)
+        after = queue.parked()
+    if retried:
+        report = Report(
+            "retry",
+            [f"parked: {before}"],
+            [f"back to the queue: {event_id}" for event_id in retried],
+            [f"parked: {after}"],
+            "Nothing to undo; an event that fails again is parked again.",
+        )
+        say(f"report in {write_report(settings, report)}")
+    say(f"{len(retried)} back to the queue")
+    missing = set(ids) - {str(event_id) for event_id in retried}
+    if missing:
+        raise ConfigError(f"not parked: {', '.join(sorted(missing))}")
+
+
+@click.group("model")
+def model_group() -> None:
+    """The model's files."""
+
+
+@model_group.command("fetch", cls=Command, settings=MODEL)
+def fetch_command() -> None:
+    """Download the pinned revision into the local cache, on a machine that reaches a hub."""
+    from listener.model import fetch
+
+    click.echo(fetch(load_settings()))

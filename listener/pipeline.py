@@ -1,0 +1,150 @@
+"""The overlap of claim, encode and write: while one batch is encoded, the next is claimed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+
+from listener.config import Settings
+from listener.encoding import Encoded, Encoder
+from listener.errors import EmbeddingError, ModelFault
+from listener.logs import log
+from listener.queue import Claim, Event, Queue
+from listener.wakeup import Stop
+
+# While a batch is encoded the next is claimed; more would only lengthen the leases.
+_AHEAD = 2
+# A batch this long keeps a new event's wait behind a backfill, and a stop, well under a second.
+_BATCH_SECONDS = 0.5
+_SMALLEST_BATCH, _FIRST_BATCH = 16, 64
+# While the model runs, a stop is noticed this soon.
+_LOOK_UP_SECONDS = 0.1
+
+
+@dataclass
+class Batch:
+    """A claim on its way through the model."""
+
+    claim: Claim
+    events: list[Event]
+    encoding: Future[Encoded]
+    submitted: float
+
+
+class Pipeline:
+    """Claim → encode → write, for one connection."""
+
+    def __init__(self, settings: Settings, queue: Queue, encoder: Encoder, stop: Stop) -> None:
+        """When `stop` is set, the batch in hand is finished and the next given back."""
+        self._settings = settings
+        self._queue = queue
+        self._encoder = encoder
+        self._stop = stop
+        self._batch_events = min(_FIRST_BATCH, settings.batch_events)
+        self._finished = 0.0
+
+    def drain(self, on_first_claim: Callable[[bool], None]) -> int:
+        """Claim, encode and write until nothing more is due. Returns how many were claimed.
+
+        `on_first_claim` is told whether the first claim was full. Raises ModelFault, with every
+        claim given back, if the model can't run.
+        """
+        claimed = 0
+        batches: deque[Batch] = deque()
+        more = True
+        try:
+            while True:
+                while more and len(batches) < _AHEAD and not self._stop.is_set():
+                    claim = self._queue.claim(self._batch_events)
+                    if claim is None:
+                        break
+                    is_full = len(claim.event_ids) >= self._batch_events
+                    if claimed == 0:
+                        on_first_claim(is_full)
+                    claimed += len(claim.event_ids)
+                    more = is_full or claim.retried
+                    batches.append(self._submit(claim))
+                if not batches:
+                    return claimed
+                self._await_first(batches)
+                self._finish(batches[0])
+                batches.popleft()
+        except ModelFault:
+            for batch in batches:
+                batch.encoding.cancel()
+                self._queue.release(batch.claim.lease, batch.claim.event_ids)
+            raise
+
+    def _submit(self, claim: Claim) -> Batch:
+        events = self._queue.read(claim)
+        encoding = self._encoder.submit([event.text for event in events])
+        return Batch(claim, events, encoding, time.monotonic())
+
+    def _await_first(self, batches: deque[Batch]) -> None:
+        """Wait for the first batch's vectors; extend leases, and on a stop give the rest back."""
+        extended = time.monotonic()
+        while not wait([batches[0].encoding], timeout=_LOOK_UP_SECONDS).done:
+            if self._stop.is_set():
+                self._give_back_unstarted(batches)
+            if time.monotonic() - extended > self._settings.lease_seconds / 3:
+                extended = time.monotonic()
+                for batch in batches:
+                    self._queue.extend(batch.claim.lease, batch.claim.event_ids)
+
+    def _finish(self, batch: Batch) -> None:
+        """Store and acknowledge what the model gave; fail what it refused."""
+        encoded = batch.encoding.result()
+        good = [
+            (event, result)
+            for event, result in zip(batch.events, encoded.results, strict=True)
+            if not isinstance(result, EmbeddingError)
+        ]
+        stored = len(
+            self._queue.write(
+                batch.claim.lease,
+                [event for event, _ in good],
+                [vector for _, vector in good],
+                self._encoder.fingerprint,
+            )
+        )
+        failed = self._fail(batch, encoded)
+        now = time.monotonic()
+        # Its predecessor's encode is not its own time.
+        seconds = now - max(batch.submitted, self._finished)
+        self._finished = now
+        self._adapt(len(batch.events), seconds)
+        log(
+            logging.INFO,
+            "batch_stored",
+            events=stored,
+            encoded=encoded.encoded,
+            reused=encoded.reused,
+            failed=failed,
+            outdated=len(good) - stored,
+            seconds=seconds,
+        )
+
+    def _fail(self, batch: Batch, encoded: Encoded) -> int:
+        lease = batch.claim.lease
+        return sum(
+            self._queue.fail(lease, [event.event_id], str(result))
+            for event, result in zip(batch.events, encoded.results, strict=True)
+            if isinstance(result, EmbeddingError)
+        )
+
+    def _give_back_unstarted(self, batches: deque[Batch]) -> None:
+        """Release the claims, but the first, whose encode hasn't begun."""
+        for batch in list(batches)[1:]:
+            if batch.encoding.cancel():
+                self._queue.release(batch.claim.lease, batch.claim.event_ids)
+                batches.remove(batch)
+
+    def _adapt(self, events: int, seconds: float) -> None:
+        """Size the next batch so that it takes about half a second."""
+        wanted = int(events / max(seconds, 1e-3) * _BATCH_SECONDS)
+        bounded = max(min(wanted, self._batch_events * 2), _SMALLEST_BATCH)
+        self._batch_events = min(bounded, self._settings.batch_events)

@@ -1,0 +1,88 @@
+"""The files of `sql/` and what stands for their @placeholders@ in one database."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from psycopg import sql
+
+from listener.catalogue import Facts
+from listener.wakeup import GATE_KEY
+
+
+def sql_text(file: str) -> str:
+    """A file of `sql/`: inside an installed package, else beside it in a clone."""
+    package = Path(__file__).parent
+    inside = package / "sql" / file
+    return (inside if inside.exists() else package.parent / "sql" / file).read_text("utf-8")
+
+
+def sql_files() -> list[str]:
+    """The numbered files of an install, in order."""
+    package = Path(__file__).parent
+    inside = package / "sql"
+    folder = inside if inside.is_dir() else package.parent / "sql"
+    return sorted(path.name for path in folder.glob("0*.sql"))
+
+
+def placeholders(facts: Facts, columns: Sequence[str]) -> dict[str, str]:
+    """The values of this database; `columns` are what is embedded."""
+    assert facts.key is not None  # noqa: S101  require_installable has looked
+    vector_schema = sql.Identifier(facts.vector_schema or "public").as_string()
+    return {
+        "key_type": facts.key.type,
+        "vector_schema": vector_schema,
+        "vector": f"{vector_schema}.vector",
+        "gate_key": str(GATE_KEY),
+        "expression": _expression(columns),
+        **_order(facts, facts.key.type),
+    }
+
+
+def _expression(columns: Sequence[str]) -> str:
+    """The bare value of one column; `name: value` lines of several, without the empty ones."""
+    parts = {name: f"event.{sql.Identifier(name).as_string()}::text" for name in columns}
+    if len(parts) == 1:
+        return parts[columns[0]]
+    lines = [
+        f"{sql.Literal(name + ': ').as_string()} || nullif({part}, '')"
+        for name, part in parts.items()
+    ]
+    return "pg_catalog.concat_ws(\n    E'\\n',\n    " + ",\n    ".join(lines) + "\n  )"
+
+
+def _order(facts: Facts, key_type: str) -> dict[str, str]:
+    """How "newest first" is written: by created_at where there is one, else by key.
+
+    A created_at that is nullable or has no index would be read from end to end at each start; an
+    integer key is in nearly the same order and has an index, so it is taken instead.
+    """
+    created = facts.created_at
+    indexed = created is not None and created.not_null and created.leads_an_index
+    time = "coalesce(e.created_at, '-infinity')"
+    since = f"{time} >= coalesce(p_since, '-infinity')" if created else "p_since is null"
+    if created is None or (not indexed and key_type in ("bigint", "integer")):
+        return {
+            "newest_first": "e.id desc",
+            "position": "pg_catalog.jsonb_build_array(e.id)",
+            "from_position": f"e.id <= (v_from ->> 0)::{key_type}",
+            "in_time": since,
+        }
+    if indexed:
+        time = "e.created_at"
+        since = "e.created_at >= coalesce(p_since, '-infinity')"
+    return {
+        "newest_first": f"{time} desc, e.id desc",
+        "position": f"pg_catalog.jsonb_build_array({time}, e.id)",
+        "from_position": f"({time}, e.id) <= "
+        f"((v_from ->> 0)::{created.type}, (v_from ->> 1)::{key_type})",
+        "in_time": since,
+    }
+
+
+def fill(text: str, values: dict[str, str]) -> str:
+    """Replace every @name@."""
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", value)
+    return text

@@ -1,0 +1,173 @@
+"""Loading models: offline, safetensors, float32, 384 numbers; and what is said when it fails."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from listener.config import GTE_SMALL_REVISION, Settings
+from listener.embedder import SentenceTransformersEmbedder, load_embedder
+from listener.encoding import Encoder
+from listener.errors import ConfigError, EmbeddingError
+from listener.model import locate
+from tests.harness import TinyEmbedder, listener
+
+
+def test_gte_small_is_found_in_the_local_cache_and_computed_in_float32(
+    gte_small_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published files are fp16; a CPU would take up to 100 times as long with them."""
+    from safetensors import safe_open
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(gte_small_cache))
+    files = locate(Settings())
+    with safe_open(files.directory / "model.safetensors", "np") as weights:
+        assert weights.get_tensor(next(iter(weights.keys()))).dtype == np.float16
+
+    embedder = SentenceTransformersEmbedder(files)
+
+    vectors = embedder.encode(["pump running hot", "a"])
+    assert embedder.fingerprint == f"thenlper/gte-small@{GTE_SMALL_REVISION[:12]}/fp32"
+    assert embedder.max_tokens == 512
+    assert vectors.shape == (2, 384)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_real_weights_put_like_meanings_together(minilm: Path) -> None:
+    """A vector is worth having only if it says something."""
+    embedder = load_embedder(Settings(embedding_model=str(minilm)))
+
+    hot, warm, door = embedder.encode(
+        ["pump running hot", "bearing temperature of the pump above its limit", "door left open"]
+    )
+
+    assert hot @ warm > 2 * abs(hot @ door)
+
+
+def test_batches_of_any_mix_give_the_vectors_of_single_texts(minilm: Path) -> None:
+    """Padding and order change nothing."""
+    embedder = load_embedder(Settings(embedding_model=str(minilm)))
+    texts = ["short", "a much longer text " * 20, "", "🚰🔥" * 50, "medium long text here"]
+    encoder = Encoder(embedder, batch_tokens=1024, cache_texts=0)
+
+    together = encoder.encode(texts).results
+    alone = [embedder.encode([text])[0] for text in texts]
+
+    np.testing.assert_allclose(np.stack(together), np.stack(alone), atol=1e-5)  # type: ignore[arg-type]
+    encoder.close()
+
+
+def test_a_static_embedding_without_a_transformer_works(static_model: Path) -> None:
+    """Any 384-D sentence-transformers directory will do."""
+    embedder = load_embedder(Settings(embedding_model=str(static_model)))
+
+    assert embedder.encode(["pump running hot"]).shape == (1, 384)
+    assert embedder.count_tokens("pump running hot") >= 3
+
+
+def test_the_fingerprint_of_a_directory_follows_its_contents(
+    static_model: Path, tmp_path: Path
+) -> None:
+    """Other weights under the same path are another model."""
+    copy = tmp_path / static_model.parent.name / "static"
+    shutil.copytree(static_model, copy)
+    before = locate(Settings(embedding_model=str(copy))).fingerprint
+    (copy / "config_sentence_transformers.json").write_text("{}")
+
+    after = locate(Settings(embedding_model=str(copy))).fingerprint
+
+    assert before == locate(Settings(embedding_model=str(static_model))).fingerprint
+    assert before != after
+
+
+def test_a_missing_model_names_the_command_that_fetches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 2 and a remedy."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    with pytest.raises(ConfigError, match="listener model fetch"):
+        locate(Settings())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no config", "no weights"])
+def test_a_damaged_model_is_a_configuration_error(
+    minilm: Path, tmp_path: Path, damage: str
+) -> None:
+    """One clear line, no traceback of a library."""
+    broken = tmp_path / "broken"
+    shutil.copytree(minilm, broken)
+    weights = broken / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "no weights":
+        weights.unlink()
+    else:
+        (broken / "config.json").unlink()
+
+    with pytest.raises(ConfigError, match="can't be loaded"):
+        load_embedder(Settings(embedding_model=str(broken)))
+
+
+def test_a_model_of_another_size_is_refused(tmp_path: Path, minilm: Path) -> None:
+    """event_embeddings holds 384 numbers."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    module = StaticEmbedding(tokenizer, embedding_dim=256)
+    SentenceTransformer(modules=[module], device="cpu").save(str(tmp_path / "small"))
+
+    with pytest.raises(ConfigError, match="gives 256 numbers"):
+        load_embedder(Settings(embedding_model=str(tmp_path / "small")))
+
+
+def test_commands_that_do_not_encode_do_not_import_torch() -> None:
+    """It costs seconds."""
+    import subprocess
+    import sys
+
+    code = "import sys, listener.cli; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_missing_model_ends_the_service_with_exit_2(tmp_path: Path) -> None:
+    """Before a connection is made, so nothing is half done."""
+    settings = Settings(reports_dir=tmp_path)
+
+    finished = listener(settings, "run", check=False, HF_HOME=str(tmp_path))
+
+    assert finished.returncode == 2
+    assert "listener model fetch" in finished.stderr
+    assert len(finished.stderr.splitlines()) == 1
+
+
+def test_a_bad_text_fails_alone_in_its_batch() -> None:
+    """The batch is halved until the text that raises stands alone."""
+    texts = [f"text {number}" for number in range(40)]
+    texts[13] = "raise"
+    encoder = Encoder(TinyEmbedder(), batch_tokens=1024, cache_texts=100)
+
+    results = encoder.encode(texts).results
+
+    assert [isinstance(result, EmbeddingError) for result in results] == [
+        text == "raise" for text in texts
+    ]
+    encoder.close()
+
+
+def test_the_memory_of_vectors_is_bounded() -> None:
+    """The least recently used text goes first."""
+    embedder = TinyEmbedder()
+    encoder = Encoder(embedder, batch_tokens=1024, cache_texts=2)
+    for text in ("a", "b", "a", "c", "a", "b"):
+        encoder.encode([text])
+
+    assert embedder.encoded == ["a", "b", "c", "b"]
+    encoder.close()

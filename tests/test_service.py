@@ -1,0 +1,210 @@
+"""The loop survives what the database and the operator do to it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from listener.errors import SchemaError
+from tests.harness import (
+    Command,
+    Database,
+    TinyEmbedder,
+    is_asleep,
+    listener,
+    serving,
+    wait_until,
+)
+
+Spawn = Callable[..., Command]
+
+
+def encoded_texts(output: str) -> int:
+    """The sum of what the batches say they encoded."""
+    return sum(int(count) for count in re.findall(r"encoded=(\d+)", output))
+
+
+@pytest.mark.parametrize("names", [("listener-wake",), ("listener-work",), ("listener-w%",)])
+def test_terminated_connections_are_replaced_and_nothing_in_the_gap_is_lost(
+    database: Database, names: tuple[str, ...]
+) -> None:
+    """The one that listens, the one that works, both; with a poll of minutes."""
+    with serving(database):
+        for number in range(5):
+            wait_until(lambda: is_asleep(database))
+            database.rows(
+                "select pg_terminate_backend(pid) from pg_stat_activity "
+                "where datname = current_database() and application_name like %s",
+                names[0],
+            )
+            database.insert(f"in the gap {number}")
+
+            database.wait_for_rest()
+
+    assert len(database.embedded()) == 5
+    database.assert_invariant()
+
+
+def test_the_connections_are_named_and_idle_outside_statements(database: Database) -> None:
+    """No transaction stays open while the service sleeps or the model runs."""
+    embedder = TinyEmbedder()
+    with serving(database, embedder):
+        wait_until(lambda: is_asleep(database))
+        embedder.may_run.clear()
+        database.insert("a")
+        wait_until(lambda: any(row[4] for row in database.queue()))
+
+        states = wait_until(
+            lambda: set(
+                database.rows(
+                    "select application_name, state from pg_stat_activity "
+                    "where datname = current_database() and application_name like 'listener-w%' "
+                    "and state <> 'active'"
+                )
+            )
+        )
+        embedder.may_run.set()
+        database.wait_for_rest()
+
+    assert states == {("listener-wake", "idle"), ("listener-work", "idle")}
+
+
+def test_a_stop_finishes_the_batch_in_hand_and_gives_the_next_one_back(database: Database) -> None:
+    """Nothing that was encoded is thrown away; nothing unstarted stays leased."""
+    embedder = TinyEmbedder()
+    database = database.with_settings(batch_events=16)
+    database.insert(*map(str, range(100)))
+    embedder.may_run.clear()
+    with serving(database, embedder) as service:
+        wait_until(lambda: sum(row[4] for row in database.queue()) == 32)
+
+        service.stop_signal.set()
+        wait_until(lambda: sum(row[4] for row in database.queue()) == 16)
+        embedder.may_run.set()
+        service.stop()
+
+    assert len(database.embedded()) == len(embedder.encoded) == 16
+    assert [row[3:5] for row in database.queue()] == [(0, False)] * 84
+
+
+def test_a_long_encode_keeps_its_lease(database: Database) -> None:
+    """A sign of life extends it, so that nobody else claims."""
+    embedder = TinyEmbedder()
+    database = database.with_settings(lease_seconds=1.0)
+    database.insert("a")
+    embedder.may_run.clear()
+    due = "select due_at from listener.queue where lease is not null"
+    with serving(database, embedder):
+        first = wait_until(lambda: database.rows(due))
+        wait_until(lambda: database.rows(due) > first)
+        embedder.may_run.set()
+        database.wait_for_rest()
+
+    assert embedder.encoded == ["event_type: status\nseverity: info\nmessage: a"]
+
+
+def test_two_workers_share_a_queue_without_encoding_twice(database: Database) -> None:
+    """Postgres is the coordinator."""
+    first, second = TinyEmbedder(), TinyEmbedder()
+    with serving(database, first), serving(database, second):
+        for start in range(0, 2000, 500):
+            database.insert(*map(str, range(start, start + 500)))
+        database.wait_for_rest()
+
+    assert len(database.embedded()) == 2000
+    assert len(first.encoded) + len(second.encoded) == 2000
+
+
+def test_a_database_without_the_install_ends_the_service_with_a_schema_error(
+    database: Database,
+) -> None:
+    """Exit 3; waiting would not help."""
+    database.rows("drop schema listener cascade")
+
+    with pytest.raises(SchemaError, match="listener install"), serving(database) as service:
+        service.thread.join(20)
+
+
+def test_a_worker_that_died_gives_its_events_up_at_once(database: Database) -> None:
+    """Its lock goes with its session; a peer need not wait for the lease."""
+    doomed, peer = TinyEmbedder(), TinyEmbedder()
+    doomed.may_run.clear()
+    database = database.with_settings(lease_seconds=3600.0)
+    with serving(database, doomed):
+        database.insert("a")
+        wait_until(lambda: any(row[4] for row in database.queue()))
+        with serving(database, peer):
+            database.rows(
+                "select pg_terminate_backend(pid) from pg_stat_activity "
+                "where datname = current_database() and application_name = 'listener-work' "
+                "and pid = (select a.pid from pg_stat_activity a where a.application_name = "
+                "'listener-work' and a.datname = current_database() "
+                "order by backend_start limit 1)"
+            )
+            database.wait_for_rest()
+
+    database.assert_invariant()
+    assert len(peer.encoded) == 1
+
+
+def test_a_killed_service_started_again_encodes_twice_only_what_was_in_flight(
+    database: Database, static_model: Path, spawn: Spawn
+) -> None:
+    """kill -9 in mid-drain: every event has a vector, and little work is done twice."""
+    events = 20_000
+    database.insert(*map(str, range(events)))
+    settings = replace(
+        database.settings, embedding_model=str(static_model), batch_events=64, lease_seconds=3600.0
+    )
+    first = spawn(settings, "run", BATCH_EVENTS="64", LEASE_SECONDS="3600", CACHE_TEXTS="0")
+    wait_until(lambda: len(database.embedded()) > 500, 60)
+
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.process.wait()
+    stored = len(database.embedded())
+    assert stored < events
+    again = spawn(settings, "run", BATCH_EVENTS="64", LEASE_SECONDS="3600", CACHE_TEXTS="0")
+    database.wait_for_rest(60)
+    assert again.end() == 0
+
+    assert len(database.embedded()) == events
+    assert database.queue() == []
+    assert encoded_texts(again.output()) == events - stored
+    model = database.value("select distinct model from public.event_embeddings")
+    database.assert_invariant(model)
+
+
+def test_run_once_embeds_what_is_due_and_the_last_n_and_ends(
+    database: Database, static_model: Path
+) -> None:
+    """For those who can't keep a process running."""
+    swept, _ = database.insert("missed by a trigger", "due")
+    database.rows("delete from listener.queue where event_id = %s", swept)
+    settings = replace(database.settings, embedding_model=str(static_model))
+
+    finished = listener(settings, "run", "--once")
+
+    assert finished.stdout == ""
+    assert len(database.embedded()) == 2
+    assert database.value("select count(*) from listener.worker") == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_service_cleanly(
+    database: Database, static_model: Path, spawn: Spawn, number: int
+) -> None:
+    """Exit 0, no traceback, signed off."""
+    settings = replace(database.settings, embedding_model=str(static_model))
+    service = spawn(settings, "run")
+    service.wait_for("event=listening")
+
+    assert service.end(number) == 0
+
+    assert "Traceback" not in service.output()
+    assert database.value("select count(*) from listener.worker") == 0

@@ -1,0 +1,156 @@
+"""The sleep gate: writers notify only while a worker sleeps, and no commit is slept through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from listener.database import Connection
+from listener.wakeup import Stop, Wakeup
+from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
+
+
+@contextmanager
+def listening(database: Database, mode: str = "gated") -> Iterator[Wakeup]:
+    """A worker's wake-up, and the connection it works on."""
+    with database.session("listener-wake") as wake, database.session("listener-work") as work:
+        wakeup = Wakeup(wake, Stop(), mode, poll_seconds=60.0)
+        wakeup.listen(work)
+        yield wakeup
+        wakeup.close()
+
+
+@contextmanager
+def ear(database: Database) -> Iterator[Connection]:
+    """A session that hears every NOTIFY of the writers."""
+    with database.session() as conn:
+        conn.execute("listen listener")
+        yield conn
+
+
+def heard(conn: Connection) -> int:
+    """How many notifications have come."""
+    conn.execute("select 1")
+    return len(list(conn.notifies(timeout=0.1)))
+
+
+def test_writers_notify_only_while_a_worker_sleeps(database: Database) -> None:
+    """The gate is open, closed, and open again."""
+    with ear(database) as conn, listening(database) as wakeup:
+        database.insert("gate open")
+        assert heard(conn) == 0
+
+        wakeup.prepare_sleep()
+        database.insert("gate closed")
+        assert heard(conn) == 1
+
+        wakeup.open_gate()
+        database.insert("gate open again")
+        assert heard(conn) == 0
+
+
+def test_a_copy_of_many_rows_notifies_once(database: Database) -> None:
+    """One statement, one wake-up."""
+    with ear(database) as conn, listening(database) as wakeup:
+        wakeup.prepare_sleep()
+
+        database.insert(*map(str, range(1000)))
+
+        assert heard(conn) == 1
+
+
+def test_a_writer_in_flight_keeps_the_worker_from_sleeping(database: Database) -> None:
+    """It did not notify, so the worker looks again soon instead of sleeping through its commit."""
+    with listening(database) as wakeup, database.session() as writer:
+        with writer.transaction():
+            writer.execute(
+                "insert into public.iot_events (device_id, event_type, severity) "
+                "values ('d', 't', 's')"
+            )
+            looks = [wakeup.prepare_sleep() for _ in range(6)]
+
+        assert all(seconds <= 0.05 for seconds in looks)
+        assert looks == sorted(looks)
+        assert wakeup.prepare_sleep() > 1
+
+
+def test_a_commit_after_the_gate_closed_ends_the_sleep(database: Database) -> None:
+    """That writer finds the gate closed and notifies."""
+    with listening(database) as wakeup:
+        seconds = wakeup.prepare_sleep()
+
+        database.insert("a")
+
+        assert wakeup.sleep(seconds)
+
+
+def test_a_stop_ends_a_sleep(database: Database) -> None:
+    """From a signal handler or another thread, before or during it."""
+    with database.session("listener-wake") as wake:
+        stop = Stop()
+        wakeup = Wakeup(wake, stop, "gated", poll_seconds=60.0)
+        stop.set()
+
+        assert not wakeup.sleep(60.0)
+        wakeup.close()
+
+
+def test_only_the_leader_is_woken_and_a_follower_takes_over(database: Database) -> None:
+    """One insert, one worker: no herd; a dead leader is succeeded."""
+    with listening(database) as follower:
+        with listening(database) as leader:
+            assert leader.prepare_sleep() > 10
+            assert follower.prepare_sleep() < 2
+
+            database.insert("a")
+
+            assert leader.sleep(5.0)
+            assert not follower.sleep(0.2)
+
+        wait_until(lambda: follower.prepare_sleep() > 10)
+        database.insert("b")
+        assert follower.sleep(5.0)
+
+
+def test_always_notifies_at_every_commit_and_never_at_none(database: Database) -> None:
+    """The two ways around the gate."""
+    with ear(database) as conn:
+        with listening(database, "always") as wakeup:
+            wakeup.prepare_sleep()
+            wakeup.open_gate()
+            database.insert("a")
+            assert heard(conn) == 1
+
+        with listening(database, "never") as wakeup:
+            wakeup.prepare_sleep()
+            database.insert("b")
+            assert heard(conn) == 0
+
+
+def test_without_notify_events_are_found_by_polling(database: Database) -> None:
+    """What a transaction pooler leaves."""
+    database = database.with_settings(notify="never", poll_seconds=0.2)
+    with serving(database):
+        wait_until(lambda: not is_asleep(database))
+        database.insert("a")
+
+        wait_until(database.embedded)
+
+
+def test_a_thousand_inserts_at_random_phases_are_never_slept_through(database: Database) -> None:
+    """With a poll of minutes, one lost wake-up would fail the deadline."""
+    embedder = TinyEmbedder()
+    with serving(database, embedder), database.session() as writer:
+        for number in range(1000):
+            writer.execute(
+                "insert into public.iot_events (device_id, event_type, severity, message) "
+                "values ('d', 't', 's', %s)",
+                [str(number)],
+            )
+            # At rest between most of them, so that each finds the worker at another point.
+            if number % 3:
+                writer.execute("select pg_sleep(%s)", [number % 7 / 2000])
+
+        database.wait_for_rest()
+
+    assert len(database.embedded()) == 1000
