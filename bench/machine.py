@@ -31,6 +31,7 @@ def describe_machine(cluster: Cluster) -> str:
         "PostgreSQL": f"{server}, fsync {fsync}, synchronous_commit {synchronous}",
         "pgvector": vector,
         "torch": f"{version('torch')}, sentence-transformers {version('sentence-transformers')}",
+        "Load average at the start": f"{os.getloadavg()[0]:.2f}",
         "Python": platform.python_version(),
     }
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())

@@ -109,9 +109,12 @@ class Settings:
                 "postgresql://user:password@host:5432/database with special characters of the "
                 "password percent-encoded (@ is %40, : is %3A, / is %2F)"
             ) from None
-        if "@" in str(parameters.get("host", "")):
+        # A password that isn't encoded ends up in these parts, and they would be quoted in errors.
+        astray = any("@" in str(parameters.get(part, "")) for part in ("host", "port", "dbname"))
+        if astray or not str(parameters.get("port", "1")).replace(",", "").isdigit():
             raise ConfigError(
-                "DATABASE_URL has an @ in its password or host; percent-encode it as %40"
+                "DATABASE_URL has a port that is no number or an @ too many; percent-encode the "
+                "special characters of the password (@ is %40, : is %3A, / is %2F)"
             )
         return parameters
 

@@ -1,0 +1,304 @@
+"""The commands as an operator uses them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from listener.config import Settings
+from tests.harness import Command, Database, TinyEmbedder, listener, serving, wait_until
+
+PASSWORD = "hunter2-s3cret"  # noqa: S105  a password to look for
+TINY = TinyEmbedder.fingerprint
+
+
+@pytest.fixture
+def static(database: Database, static_model: Path) -> Database:
+    """The database with a model that real processes can load."""
+    return database.with_settings(embedding_model=str(static_model))
+
+
+def test_status_counts_and_says_what_the_scope_is(static: Database) -> None:
+    """For a reader and as JSON."""
+    static.insert("a", "b", "c")
+    static.rows("update listener.queue set due_at = 'infinity', error = 'why' where event_id = 1")
+    static = static.with_settings(backfill_last_n=2)
+
+    text = listener(static.settings, "status", BACKFILL_LAST_N="2")
+    data = json.loads(listener(static.settings, "status", "--json", BACKFILL_LAST_N="2").stdout)
+
+    assert (data["embedded"], data["pending"], data["parked"]) == (0, 2, 1)
+    assert data["scope"]["events"] == 2
+    assert data["last_error"] == "why"
+    assert "0 of 2, BACKFILL_LAST_N" in text.stdout
+    assert "1 after 0 attempts: why" in text.stdout
+    assert text.stderr == ""
+
+
+def test_a_worker_is_listed_while_it_lives(database: Database) -> None:
+    """A dead one is not."""
+    with serving(database):
+        wait_until(
+            lambda: json.loads(listener(database.settings, "status", "--json").stdout)["workers"]
+        )
+
+    assert "worker          none" in listener(database.settings, "status").stdout
+
+
+def test_show_tells_text_tokens_state_and_neighbours(static: Database) -> None:
+    """What would be embedded, exactly."""
+    first, *_ = static.insert("pump running hot", "pump running warm", "door open", "word " * 600)
+    before = listener(static.settings, "show", str(first)).stdout
+    listener(static.settings, "run", "--once")
+
+    after = listener(static.settings, "show", str(first)).stdout
+
+    assert "state     pending, waiting" in before
+    assert re.search(r"tokens +\d+$", after, re.MULTILINE)
+    assert "message: pump running hot" in after
+    assert re.search(r"state +embedded .*, current, ", after)
+    assert after.splitlines()[after.splitlines().index("neighbours") + 1].endswith("running warm")
+
+
+@pytest.mark.parametrize(("event_id", "says"), [("999", "no event 999"), ("x", "not of the type")])
+def test_show_of_no_event_says_so(database: Database, event_id: str, says: str) -> None:
+    """Exit 2 and one line."""
+    finished = listener(database.settings, "show", event_id, check=False)
+
+    assert finished.returncode == 2
+    assert says in finished.stderr
+
+
+def test_search_finds_by_meaning(database: Database, minilm: Path) -> None:
+    """With real weights, and words that the event doesn't have."""
+    real = database.with_settings(embedding_model=str(minilm))
+    real.insert("bearing temperature of pump 7 above its limit", "door left open", "battery low")
+    listener(real.settings, "run", "--once")
+
+    found = listener(real.settings, "search", "pump running hot", "--limit", "2")
+
+    assert len(found.stdout.splitlines()) == 2
+    assert "bearing temperature" in found.stdout.splitlines()[0]
+
+
+def test_search_before_anything_is_embedded_says_so(static: Database) -> None:
+    """An empty answer would look like a bad search."""
+    finished = listener(static.settings, "search", "anything", check=False)
+
+    assert finished.returncode == 2
+    assert "no event is embedded" in finished.stderr
+
+
+def test_backfill_works_by_itself_reports_and_is_harmless_twice(static: Database) -> None:
+    """Newest first, no more than asked."""
+    ids = static.insert(*map(str, range(3000)))
+    static.rows("delete from listener.queue")
+
+    first = listener(static.settings, "backfill", "--last", "2500", "--work")
+    second = listener(static.settings, "backfill", "--last", "2500", "--work")
+
+    assert sorted(static.embedded()) == ids[-2500:]
+    assert "queued 2500" in first.stderr
+    assert "events/s" in first.stderr
+    assert "queued 0" in second.stderr
+    assert len(list(static.settings.reports_dir.glob("*_backfill.md"))) == 2
+
+
+def test_backfill_of_all_removes_embeddings_of_events_that_are_gone(static: Database) -> None:
+    """Deleted while triggers were off, constraints too."""
+    static.insert("a", "b")
+    listener(static.settings, "run", "--once")
+    static.rows("set session_replication_role = replica")
+    static.rows("delete from public.iot_events where message = 'a'")
+    assert len(static.embedded()) == 2
+
+    finished = listener(static.settings, "backfill", "--all")
+
+    assert len(static.embedded()) == 1
+    assert finished.returncode == 0
+
+
+def test_backfill_without_a_service_says_who_could_work(static: Database) -> None:
+    """Rather than wait for ever."""
+    static.insert("a")
+
+    finished = listener(static.settings, "backfill", "--all")
+
+    assert "--work" in finished.stderr
+
+
+def test_backfill_since_looks_at_no_older_events(static: Database) -> None:
+    """--since goes by created_at."""
+    static.insert("old", "new")
+    static.rows("delete from listener.queue")
+    static.rows("alter table public.iot_events disable trigger listener_updated")
+    static.rows("update public.iot_events set created_at = '2020-01-01' where message = 'old'")
+    static.rows("alter table public.iot_events enable always trigger listener_updated")
+
+    listener(static.settings, "backfill", "--all", "--since", "2024-01-01")
+
+    assert [row[0] for row in static.queue()] == [2]
+
+
+def test_retry_takes_ids_or_all_and_names_what_is_not_parked(database: Database) -> None:
+    """Exit 2 if an id was wrong; the right ones are retried all the same."""
+    database.insert("a", "b")
+    database.rows("update listener.queue set due_at = 'infinity', attempts = 5, error = 'why'")
+
+    one = listener(database.settings, "retry", "1", "77", check=False)
+    rest = listener(database.settings, "retry", "--all")
+
+    assert (one.returncode, rest.returncode) == (2, 0)
+    assert "not parked: 77" in one.stderr
+    assert not any(row[5] for row in database.queue())
+
+
+def test_check_passes_where_the_service_would_work(static: Database) -> None:
+    """One line per precondition."""
+    finished = listener(static.settings, "check")
+
+    lines = finished.stdout.splitlines()
+    names = [line.split()[1] for line in lines]
+    assert all(line.startswith("ok") for line in lines)
+    assert names == [
+        "settings",
+        "model",
+        "connection",
+        "notify",
+        "extension",
+        "iot_events",
+        "schema",
+        "rights",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "remedy", "code"),
+    [
+        ("drop schema listener cascade", "schema", "listener install", 3),
+        (
+            "alter table public.iot_events disable trigger listener_inserted",
+            "schema",
+            "listener install",
+            3,
+        ),
+        ("drop table public.iot_events cascade", "iot_events", "create it first", 3),
+    ],
+)
+def test_check_fails_with_the_remedy(
+    static: Database, damage: str, name: str, remedy: str, code: int
+) -> None:
+    """And with the exit code that the service would end with."""
+    static.rows(damage)
+
+    finished = listener(static.settings, "check", check=False)
+
+    assert finished.returncode == code
+    (line,) = [text for text in finished.stdout.splitlines() if text.startswith(f"FAIL  {name}")]
+    assert remedy in line
+
+
+def test_a_server_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
+    """Exit 2, no traceback."""
+    settings = Settings(database_url="postgresql://nobody@127.0.0.1:1/x", reports_dir=tmp_path)
+
+    finished = listener(settings, "status", check=False)
+
+    assert finished.returncode == 2
+    assert "no connection to Postgres" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize("reaches", [True, False], ids=["server", "no server"])
+def test_no_command_shows_the_password(
+    static: Database, spawn: Callable[..., Command], reaches: bool
+) -> None:
+    """Not in output, logs, reports or tracebacks, whether things go well or not."""
+    static.rows("create role secretive login superuser password 'x'")
+    try:
+        server = static.settings.database_url
+        url = server.replace("postgres@", f"secretive:{PASSWORD}@")
+        if not reaches:
+            url = f"postgresql://secretive:{PASSWORD}@127.0.0.1:1/x"
+        settings = replace(static.settings, database_url=url)
+        commands = (
+            ["install", "--dry-run"],
+            ["install", "--columns", "message"],
+            ["check"],
+            ["status"],
+            ["status", "--json"],
+            ["backfill", "--all"],
+            ["run", "--once"],
+            ["show", "1"],
+            ["search", "x"],
+            ["retry", "--all"],
+            ["uninstall"],
+            ["demo", "--nonsense"],
+        )
+        said = ""
+        for command in commands:
+            if command[0] == "run" and not reaches:
+                continue  # it would wait for the server; next
+            finished = listener(settings, *command, check=False, LOG_LEVEL="debug")
+            said += finished.stdout + finished.stderr
+        if not reaches:
+            waiting = spawn(settings, "run", LOG_LEVEL="debug")
+            waiting.wait_for("connection_lost")
+            waiting.end()
+            said += waiting.output()
+        for report in settings.reports_dir.glob("*"):
+            said += report.read_text()
+    finally:
+        static.rows("drop owned by secretive")
+        static.rows("drop role secretive")
+
+    assert len(said) > 1000
+    assert PASSWORD not in said
+
+
+def test_a_bug_ends_with_exit_1_and_a_traceback_without_the_password(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even where an exception carries the connection string."""
+    from listener import cli
+
+    url = f"postgresql://u:{PASSWORD}@h/db"
+    monkeypatch.setenv("DATABASE_URL", url)
+
+    def broken(**_: object) -> None:
+        raise RuntimeError(f"lost {url}")
+
+    monkeypatch.setattr(cli.cli, "main", broken)
+    monkeypatch.setattr("sys.argv", ["listener", "status"])
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert "Traceback" in said
+    assert PASSWORD not in said
+
+
+def test_the_demo_shows_events_and_a_search_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    """What `make run` does without a database."""
+    import os
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="listener-demo-") as home:
+        Path(home).chmod(0o755)
+        settings = Settings(database_url="", reports_dir=tmp_path)
+        first = listener(settings, "demo", "--events", "3", DEMO_DIR=home)
+        second = listener(settings, "demo", "--events", "21", DEMO_DIR=home)
+        assert not any(Path(home).glob("postgres/data/postmaster.pid"))
+
+    assert "0 events so far, 0 embedded" in first.stdout
+    assert len(re.findall(r"^ *[\d.]+ ms ", first.stdout, re.MULTILINE)) == 3
+    assert "3 events so far, 3 embedded" in second.stdout
+    assert "search “" in second.stdout
+    assert os.environ.get("DATABASE_URL") in (None, "")

@@ -1,0 +1,63 @@
+"""Settings: read once, checked, and never a secret in sight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from listener.config import Settings
+from listener.errors import ConfigError
+from tests.harness import listener
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    """Every setting has a sane default."""
+    assert Settings.from_environment({"BATCH_EVENTS": " "}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("BATCH_EVENTS", "many", "'many'; it must be a whole number of at least 1"),
+        ("BATCH_EVENTS", "0", "'0'; it must be a whole number of at least 1"),
+        ("LEASE_SECONDS", "nan", "a number of at least 1"),
+        ("NOTIFY", "sometimes", "one of gated, always, never"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: str, says: str) -> None:
+    """Subject, finding, remedy."""
+    with pytest.raises(ConfigError, match=f"{name} is .*{says}"):
+        Settings.from_environment({name: value})
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://u:p@ss:w@host/db", "nonsense s3cret", "postgresql://u:s3cret@h:port/db"]
+)
+def test_a_bad_connection_string_is_not_quoted(url: str) -> None:
+    """libpq's complaints would print parts of the password."""
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_environment({"DATABASE_URL": url})
+
+    assert "s3cret" not in str(caught.value)
+    assert "ss:w" not in str(caught.value)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_the_environment_wins_over_the_env_file(tmp_path: Path) -> None:
+    """`.env` fills in, never overrides."""
+    (tmp_path / ".env").write_text("BATCH_EVENTS=zero\nMAX_ATTEMPTS=none\n")
+    settings = Settings(reports_dir=tmp_path)
+
+    finished = listener(settings, "status", check=False, cwd=tmp_path, MAX_ATTEMPTS="3")
+
+    assert finished.returncode == 2
+    assert "BATCH_EVENTS is 'zero'" in finished.stderr
+
+
+def test_settings_do_not_show_the_password() -> None:
+    """Whoever prints them by accident."""
+    settings = Settings(database_url="postgresql://u:s3cret@h/db")
+
+    assert "s3cret" not in repr(settings)
+    assert "s3cret" in settings.secrets()

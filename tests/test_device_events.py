@@ -1,0 +1,60 @@
+"""Real device log events, real weights."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from listener.config import Settings
+from tests.harness import Database, listener
+
+SAMPLE = 500
+NEIGHBOURS = 10
+
+
+@pytest.mark.model
+def test_neighbours_of_a_device_event_are_of_its_kind(
+    database: Database, minilm: object, device_events: list[dict[str, str]]
+) -> None:
+    """All 6,000 in one COPY get a vector, no distinct text is encoded twice, and vectors that are
+    near share the event's template far more often than chance."""
+    columns = ("device_id", "event_type", "severity", "message", "created_at")
+    copy = f"copy public.iot_events ({', '.join(columns)}) from stdin"
+    with database.conn.cursor() as cursor, cursor.copy(copy.encode()) as rows:
+        for event in device_events:
+            rows.write_row([event[column] for column in columns])
+    settings = Settings(
+        database_url=database.settings.database_url,
+        embedding_model=str(minilm),
+        reports_dir=database.settings.reports_dir,
+    )
+
+    finished = listener(settings, "run", "--once")
+
+    distinct = database.value(
+        "select count(distinct listener.embedding_input(e)) from public.iot_events e"
+    )
+    encoded = [field for field in finished.stderr.split() if field.startswith("encoded=")]
+    assert len(database.embedded()) == len(device_events)
+    assert sum(int(field.partition("=")[2]) for field in encoded) == distinct
+    precision, chance = precision_at_10(database, device_events)
+    assert precision > 3 * chance
+
+
+def precision_at_10(database: Database, events: list[dict[str, str]]) -> tuple[float, float]:
+    """The share of the 10 nearest events of other text that have the event's template; and by
+    chance."""
+    stored = database.embedded()
+    vectors = np.stack([stored[event_id] for event_id in sorted(stored)])
+    templates = np.array([event["template"] for event in events])
+    texts = np.array([event["message"] for event in events])
+    hits = []
+    for number in random.Random(1).sample(range(len(events)), SAMPLE):  # noqa: S311  a fixed sample
+        similarity = vectors @ vectors[number]
+        similarity[texts == texts[number]] = -2
+        nearest = np.argsort(-similarity)[:NEIGHBOURS]
+        hits.append(np.mean(templates[nearest] == templates[number]))
+    _, counts = np.unique(templates, return_counts=True)
+    return float(np.mean(hits)), float(np.sum((counts / len(events)) ** 2))
