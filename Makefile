@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run test check bench clean
+.PHONY: help run test lint check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -15,11 +15,12 @@ run: $(VENV)/.demo ## the service on DATABASE_URL, or without one the demo
 test: $(VENV)/.dev ## the whole suite against an ephemeral Postgres
 	$(BIN)/pytest
 
-check: $(VENV)/.dev ## what CI runs: ruff, mypy, pytest
+lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+
+check: lint test ## what CI runs
 
 bench: $(VENV)/.dev ## the measurements, into _reports/
 	$(BIN)/python -m bench

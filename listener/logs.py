@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from datetime import datetime
 from typing import Any
 
 from listener.config import Settings
@@ -43,7 +44,8 @@ class _Formatter(logging.Formatter):
         self._stamped = "JOURNAL_STREAM" not in os.environ
 
     def format(self, record: logging.LogRecord) -> str:
-        fields: dict[str, Any] = {"time": self.formatTime(record)} if self._stamped else {}
+        time = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        fields: dict[str, Any] = {"time": time} if self._stamped else {}
         fields |= {"level": record.levelname.lower(), "event": record.getMessage()}
         fields |= getattr(record, "fields", {})
         fields = {key: _short(value) for key, value in fields.items()}
