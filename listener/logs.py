@@ -44,7 +44,9 @@ class _Formatter(logging.Formatter):
         self._stamped = "JOURNAL_STREAM" not in os.environ
 
     def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        time = (
+            datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        )
         fields: dict[str, Any] = {"time": time} if self._stamped else {}
         fields |= {"level": record.levelname.lower(), "event": record.getMessage()}
         fields |= getattr(record, "fields", {})
