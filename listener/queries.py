@@ -178,6 +178,12 @@ where q.event_id = s.event_id
 returning q.event_id
 """
 
+STILL_LEASED = """
+select q.event_id
+from listener.queue q
+where q.event_id = any(%(event_ids)s) and q.lease = %(lease)s
+"""
+
 # A failed attempt: due again later, or parked after the last one.
 FAIL = """
 with held as materialized (

@@ -28,7 +28,9 @@ Vector = NDArray[np.float32]
 # What a single row can cause: bad data, a violated constraint, an exception raised in SQL.
 ROW_ERRORS = (errors.DataError, errors.IntegrityError, errors.RaiseException)
 
-_PASSING_LOCK_SECONDS = 0.01
+# A claim in another session locks a row for a moment while passing it by, a writer until it
+# commits; the first is worth waiting for.
+_PASSING_LOCK_SECONDS = (0.005, 0.01, 0.02, 0.04)
 
 
 @dataclass(frozen=True)
@@ -129,19 +131,28 @@ class Queue:
     ) -> set[EventId]:
         """Store unit vectors and acknowledge, fenced by lease and version.
 
-        Returns the ids stored. The rest changed, went or were taken over meanwhile; those still
-        ours are given back. A row that the database refuses fails alone.
+        Returns the ids stored. The rest changed, went, were taken over, or are held by a writer;
+        those still ours are given back. A row that the database refuses fails alone.
         """
-        stored = self._write(lease, events, vectors, model)
-        left = [
-            pair for pair in zip(events, vectors, strict=True) if pair[0].event_id not in stored
-        ]
-        if left:
-            # A claim in another session may have locked a row for a moment while passing it by.
-            time.sleep(_PASSING_LOCK_SECONDS)
+        stored: set[EventId] = set()
+        left = list(zip(events, vectors, strict=True))
+        for seconds in (0.0, *_PASSING_LOCK_SECONDS):
+            time.sleep(seconds)
             stored |= self._write(lease, [e for e, _ in left], [v for _, v in left], model)
-            self.release(lease, [e.event_id for e, _ in left if e.event_id not in stored])
+            if len(stored) == len(events):
+                return stored
+            ours = self._still_ours(lease, [e.event_id for e, _ in left])
+            left = [pair for pair in left if pair[0].event_id in ours - stored]
+            if not left:
+                return stored
+        self.release(lease, [event.event_id for event, _ in left])
         return stored
+
+    def _still_ours(self, lease: int, event_ids: list[EventId]) -> set[EventId]:
+        """Those whose lease holds and that weren't deleted."""
+        self._execute(queries.DISCARD, event_ids=event_ids, lease=lease)
+        rows = self._execute(queries.STILL_LEASED, event_ids=event_ids, lease=lease)
+        return {event_id for (event_id,) in rows}
 
     def _write(
         self, lease: int, events: Sequence[Event], vectors: Sequence[Vector], model: str

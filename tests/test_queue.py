@@ -84,8 +84,22 @@ def test_an_event_updated_while_encoded_is_embedded_again(database: Database, qu
     assert "new" in queue.read(claimed(queue))[0].text
 
 
+def test_a_vector_of_an_older_version_is_refused_even_under_its_own_lease(
+    database: Database, queue: Queue
+) -> None:
+    """The second fence, should a change ever leave the lease in place."""
+    database.insert("old")
+    claim = claimed(queue)
+    events = queue.read(claim)
+    database.rows("update listener.queue set version = version + 1")
+
+    assert not queue.write(claim.lease, events, [vector_of(events[0].text)], MODEL)
+
+    assert [row[4] for row in database.queue()] == [False]
+
+
 def test_an_event_deleted_while_encoded_is_not_stored(database: Database, queue: Queue) -> None:
-    """And the queue forgets it at its next turn."""
+    """And the queue forgets it."""
     database.insert("a", "b")
     claim = claimed(queue)
     events = queue.read(claim)
@@ -95,7 +109,6 @@ def test_an_event_deleted_while_encoded_is_not_stored(database: Database, queue:
 
     assert len(stored) == 1
     assert len(database.embedded()) == 1
-    assert queue.read(claimed(queue)) == []
     assert database.queue() == []
 
 
