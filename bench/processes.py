@@ -39,7 +39,7 @@ class Line:
     @property
     def seconds(self) -> float:
         """When it was logged, as time.time() counts."""
-        return datetime.strptime(self.fields["time"], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+        return datetime.fromisoformat(self.fields["time"]).timestamp()
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,15 @@ as $$
     select p.event_id, p.place
     from page p
     left join public.event_embeddings m on m.event_id = p.event_id
-    where m.event_id is null
-      or m.model <> p_model
-      or m.content_hash is distinct from p.content_hash
+    left join listener.queue q on q.event_id = p.event_id
+    -- Looked up in the same snapshot: on conflict alone would queue an event again whose row
+    -- a worker acknowledged in the meantime.
+    where q.event_id is null
+      and (
+        m.event_id is null
+        or m.model <> p_model
+        or m.content_hash is distinct from p.content_hash
+      )
   ), free as materialized (
     -- What a writer is changing now is queued by its own trigger. Waiting for its queue row would
     -- hold up every other writer of this page, and could end in a deadlock.
