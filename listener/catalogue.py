@@ -158,10 +158,10 @@ class Facts:
 
     @property
     def triggers_right(self) -> bool:
-        """Whether both triggers are there, enabled always, on the right functions."""
+        """Whether all triggers are there, enabled always, on the right functions."""
         return self.triggers == {
-            "listener_inserted": "A listener.queue_inserted",
-            "listener_updated": "A listener.queue_updated",
+            f"listener_{verb}": f"A listener.queue_{verb}"
+            for verb in ("inserted", "updated", "deleted", "truncated")
         }
 
 

@@ -136,13 +136,14 @@ where q.event_id = any(%(event_ids)s)
 """
 
 # Store and acknowledge. The joins fence out a claim whose lease has passed to another worker, an
-# event that changed while it was encoded, and one deleted meanwhile. Rows that a writer holds are
-# skipped rather than waited for; they are about to change or go.
+# event that changed while it was encoded (by its version, and by its text even where triggers were
+# off), and one deleted meanwhile. Rows that a writer holds are skipped rather than waited for; they
+# are about to change or go.
 WRITE = """
 with done as (
   select *
   from unnest(
-    %(event_ids)s, %(versions)s::integer[], %(hashes)s::bytea[], %(embeddings)s
+    %(event_ids)s, %(versions)s::integer[], %(hashes)b::bytea[], %(embeddings)b
   ) as d (event_id, version, content_hash, embedding)
 ), held as materialized (
   select q.event_id, d.content_hash, d.embedding
@@ -157,6 +158,7 @@ with done as (
   select h.event_id, h.content_hash, h.embedding
   from held h
   join public.iot_events e on e.id = h.event_id
+  where listener.content_hash(e) = h.content_hash
   order by h.event_id
   for key share of e skip locked
 ), stored as (

@@ -13,5 +13,16 @@ after update on public.iot_events
 referencing old table as old_events new table as new_events
 for each statement execute function listener.queue_updated();
 
+create or replace trigger listener_deleted
+after delete on public.iot_events
+referencing old table as old_events
+for each statement execute function listener.queue_deleted();
+
+create or replace trigger listener_truncated
+after truncate on public.iot_events
+for each statement execute function listener.queue_truncated();
+
 alter table public.iot_events enable always trigger listener_inserted;
 alter table public.iot_events enable always trigger listener_updated;
+alter table public.iot_events enable always trigger listener_deleted;
+alter table public.iot_events enable always trigger listener_truncated;

@@ -365,3 +365,32 @@ def test_two_hundred_updates_of_one_row_are_one_queue_row_and_the_last_text(
         database.wait_for_rest()
     expected = vector_of("event_type: status\nseverity: info\nmessage: text 199")
     np.testing.assert_allclose(database.embedded()[event_id], expected, atol=1e-6)
+
+
+def test_a_text_that_changed_while_triggers_were_off_is_not_given_the_old_vector(
+    database: Database, queue: Queue
+) -> None:
+    """The write compares the text itself, not only what the triggers say of it."""
+    database.insert("old")
+    claim = claimed(queue)
+    events = queue.read(claim)
+    database.rows("alter table public.iot_events disable trigger all")
+    database.rows("update public.iot_events set message = 'new'")
+
+    assert not queue.write(claim.lease, events, [vector_of(events[0].text)], MODEL)
+
+    assert database.embedded() == {}
+    assert queue.read(claimed(queue))[0].text.endswith("new")
+
+
+@pytest.mark.parametrize(
+    "removal", ["delete from public.iot_events", "truncate public.iot_events cascade"]
+)
+def test_removed_events_leave_the_queue_at_once(database: Database, removal: str) -> None:
+    """So that the next event of the same id starts afresh, not as its predecessor's parked row."""
+    database.insert("pending", "parked")
+    database.rows("update listener.queue set due_at = 'infinity' where event_id = 2")
+
+    database.rows(removal)
+
+    assert database.queue() == []
