@@ -16,6 +16,8 @@ from listener.config import DIMENSION, Settings
 from listener.errors import ConfigError
 from listener.model import ModelFiles, locate
 
+_SHORT_CHARACTERS = 300
+
 
 class Embedder(Protocol):
     """What the listener needs of an engine."""
@@ -38,6 +40,7 @@ class SentenceTransformersEmbedder:
     def __init__(self, files: ModelFiles) -> None:
         """Load the model. Raises ConfigError if it is damaged or gives no 384 numbers."""
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        self._threads = torch.get_num_threads()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self._model = SentenceTransformer(
@@ -60,6 +63,9 @@ class SentenceTransformersEmbedder:
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Shape (len(texts), 384), rows of unit length."""
+        # Waking sleeping helper threads takes longer than they save on one short text.
+        alone = len(texts) == 1 and len(texts[0]) <= _SHORT_CHARACTERS
+        torch.set_num_threads(1 if alone else self._threads)
         vectors: NDArray[np.float32] = self._model.encode(
             list(texts),
             batch_size=max(len(texts), 1),

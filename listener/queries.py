@@ -14,6 +14,10 @@ join pg_catalog.pg_namespace n on n.oid = x.extnamespace
 where x.extname = 'vector'
 """
 
+# A commit of ours that a crash undoes takes vector and acknowledgement back together, so the event
+# is pending again: nothing is lost by not waiting for the disk. On a session of our own only.
+COMMIT_WITHOUT_WAITING = "set synchronous_commit = off"
+
 # --- wake-up -----------------------------------------------------------------------------------
 
 LISTEN = "listen listener"

@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from listener import notify_systemd
+from listener import notify_systemd, queries
 from listener.config import Settings
-from listener.database import Connection, connect, reconnecting
+from listener.database import Connection, connect, reconnecting, translated
 from listener.encoding import Encoder
 from listener.errors import ConnectionLost, ModelFault
 from listener.install import verify
@@ -87,6 +87,8 @@ def _open_session(settings: Settings, encoder: Encoder, stop: Stop) -> Iterator[
         worker = None
         # LISTEN before the drain: a row committed between the two would wait for the next poll.
         if wakeup.listen(work):
+            with translated():
+                work.execute(queries.COMMIT_WITHOUT_WAITING)
             worker = stack.enter_context(Worker.registered(work, encoder.fingerprint))
         else:
             # Behind a transaction pooler a statement prepared on one server is unknown to the next.
