@@ -1,5 +1,5 @@
 -- What runs inside the writer's transaction. Security definer, so that a writer needs no right
--- here; owned by a role that can't log in; the search path is ours, whatever the writer's is.
+-- here; owned by a role that can't log in; nothing depends on the writer's search path.
 
 -- Insert and update end at the gate: they wake the service only if it sleeps, because a commit
 -- that notifies can't share its WAL flush with others. The sleeping worker holds key @gate_key@

@@ -239,12 +239,17 @@ def test_a_writer_without_any_right_on_the_schema_inserts_and_updates(database: 
     database.rows("create role device")
     database.rows("grant insert, update, select on public.iot_events to device")
     database.rows("create schema hostile")
-    database.rows("create function hostile.nextval(text) returns bigint language sql as 'select 1'")
+    for function in ("now()", "nextval(text)", "pg_notify(text, text)", "sha256(bytea)"):
+        database.rows(
+            f"create function hostile.{function} returns int language sql as 'select 1/0'"
+        )
+    database.rows("create table hostile.new_events (id bigint)")
+    database.rows("create table hostile.queue (event_id bigint)")
     database.rows("grant usage on schema hostile to device")
     try:
         with database.session() as writer:
             writer.execute("set role device")
-            writer.execute("set search_path = hostile, pg_temp")
+            writer.execute("set search_path = hostile, pg_catalog, pg_temp")
             writer.execute(
                 "insert into public.iot_events (device_id, event_type, severity, message) "
                 "values ('d', 't', 's', 'm')"
