@@ -162,7 +162,9 @@ with done as (
   select h.event_id, h.content_hash, h.embedding
   from held h
   join public.iot_events e on e.id = h.event_id
-  where listener.content_hash(e) = h.content_hash
+  where h.content_hash = sha256(convert_to(
+    coalesce(listener.embedding_input(e), ''), 'UTF8'
+  ))
   order by h.event_id
   for key share of e skip locked
 ), stored as (
