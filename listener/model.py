@@ -41,13 +41,7 @@ def locate(settings: Settings) -> ModelFiles:
     if settings.embedding_model.startswith(("/", ".", "~")):
         raise ConfigError(f"EMBEDDING_MODEL {settings.embedding_model} is not a directory")
     try:
-        found = snapshot_download(
-            settings.embedding_model,
-            revision=settings.embedding_revision,
-            allow_patterns=_FILES,
-            ignore_patterns=_NOT_FILES,
-            local_files_only=True,
-        )
+        found = _snapshot(settings, offline=True)
     except (LocalEntryNotFoundError, HFValidationError):
         raise ConfigError(
             f"EMBEDDING_MODEL {settings.embedding_model} at {settings.embedding_revision[:12]} is "
@@ -55,23 +49,29 @@ def locate(settings: Settings) -> ModelFiles:
             "can be reached, or name a directory"
         ) from None
     name = f"{settings.embedding_model}@{settings.embedding_revision[:12]}"
-    return ModelFiles(Path(found), name)
+    return ModelFiles(found, name)
 
 
 def fetch(settings: Settings) -> Path:
     """Download the pinned revision to the local hub cache. Raises ConfigError without a hub."""
     try:
-        found = snapshot_download(
-            settings.embedding_model,
-            revision=settings.embedding_revision,
-            allow_patterns=_FILES,
-            ignore_patterns=_NOT_FILES,
-        )
+        found = _snapshot(settings, offline=False)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"{settings.embedding_model} at {settings.embedding_revision[:12]} can't be fetched "
             f"({type(error).__name__}); check the name, the revision and the way to the hub"
         ) from error
+    return found
+
+
+def _snapshot(settings: Settings, *, offline: bool) -> Path:
+    found = snapshot_download(
+        settings.embedding_model,
+        revision=settings.embedding_revision,
+        allow_patterns=_FILES,
+        ignore_patterns=_NOT_FILES,
+        local_files_only=offline,
+    )
     return Path(found)
 
 
