@@ -71,7 +71,7 @@ def load_encoder(settings: Settings) -> Encoder:
     from listener.embedder import load_embedder
     from listener.encoding import Encoder
 
-    return Encoder(load_embedder(settings), settings.batch_tokens, settings.cache_texts)
+    return Encoder(load_embedder(settings), settings.cache_texts)
 
 
 def stop_on_signals() -> Stop:

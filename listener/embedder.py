@@ -26,7 +26,7 @@ class Embedder(Protocol):
     max_tokens: int | None
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Shape (len(texts), 384), rows of unit length. One pass: the caller limits its size."""
+        """Shape (len(texts), 384), rows of unit length, in the order of the texts."""
         ...
 
     def count_tokens(self, text: str) -> int:
@@ -37,8 +37,12 @@ class Embedder(Protocol):
 class SentenceTransformersEmbedder:
     """sentence-transformers on torch: float32, no remote code, safetensors, offline."""
 
-    def __init__(self, files: ModelFiles) -> None:
-        """Load the model. Raises ConfigError if it is damaged or gives no 384 numbers."""
+    def __init__(self, files: ModelFiles, batch_tokens: int) -> None:
+        """Load the model; `batch_tokens` bounds one pass of it.
+
+        Raises ConfigError if the model is damaged or gives no 384 numbers.
+        """
+        self._batch_tokens = batch_tokens
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self._threads = torch.get_num_threads()
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +66,19 @@ class SentenceTransformersEmbedder:
         self.max_tokens: int | None = _max_tokens(self._model)
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Shape (len(texts), 384), rows of unit length."""
+        """Shape (len(texts), 384), rows of unit length, in the order of the texts.
+
+        The longest go first, in passes of like length: padding costs as much as text.
+        """
+        if len(texts) <= 1:
+            return self._pass(texts)
+        tokens = np.clip(self._count(texts), 1, self.max_tokens or np.inf)
+        longest_first = np.argsort(-tokens, kind="stable")
+        passes = _split(longest_first, tokens, self._batch_tokens)
+        vectors = np.concatenate([self._pass([texts[i] for i in one]) for one in passes])
+        return vectors[np.argsort(longest_first)]
+
+    def _pass(self, texts: Sequence[str]) -> NDArray[np.float32]:
         # Waking sleeping helper threads takes longer than they save on one short text.
         alone = len(texts) == 1 and len(texts[0]) <= _SHORT_CHARACTERS
         torch.set_num_threads(1 if alone else self._threads)
@@ -77,15 +93,31 @@ class SentenceTransformersEmbedder:
 
     def count_tokens(self, text: str) -> int:
         """How many tokens the whole text has, special ones included."""
+        return self._count([text])[0]
+
+    def _count(self, texts: Sequence[str]) -> list[int]:
         tokenizer: Any = self._model.tokenizer
         if hasattr(tokenizer, "encode_batch"):  # a static embedding's bare tokenizer
-            return len(tokenizer.encode(text).ids)
-        return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+            return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
+        ids = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        return [len(one) for one in ids]
+
+
+def _split(
+    longest_first: NDArray[np.int64], tokens: NDArray[np.float64], most: int
+) -> list[NDArray[np.int64]]:
+    """Cut where a pass, padded to the length of its first text, would have more than `most`."""
+    passes = []
+    while longest_first.size:
+        size = max(int(most // tokens[longest_first[0]]), 1)
+        passes.append(longest_first[:size])
+        longest_first = longest_first[size:]
+    return passes
 
 
 def load_embedder(settings: Settings) -> SentenceTransformersEmbedder:
     """The model of the settings. Raises ConfigError if it is missing, damaged or of other size."""
-    return SentenceTransformersEmbedder(locate(settings))
+    return SentenceTransformersEmbedder(locate(settings), settings.batch_tokens)
 
 
 def _require_float32(model: SentenceTransformer, files: ModelFiles) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -32,10 +32,9 @@ class Encoded:
 class Encoder:
     """Owns the model: one thread, a bounded memory of vectors by text."""
 
-    def __init__(self, embedder: Embedder, batch_tokens: int, cache_texts: int) -> None:
-        """`batch_tokens` bounds one pass of the model, `cache_texts` the memory."""
+    def __init__(self, embedder: Embedder, cache_texts: int) -> None:
+        """`cache_texts` bounds the memory."""
         self._embedder = embedder
-        self._batch_tokens = batch_tokens
         self._cache_texts = cache_texts
         self._cache: OrderedDict[str, Vector] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
@@ -60,37 +59,23 @@ class Encoder:
             self._cache.move_to_end(text)
             known[text] = self._cache[text]
         missing = [text for text in dict.fromkeys(texts) if text not in known]
-        for group in self._groups(missing):
-            known.update(zip(group, self._encode_group(group), strict=True))
+        known.update(zip(missing, self._encode_missing(missing), strict=True))
         if any(isinstance(known[text], EmbeddingError) for text in missing):
             self._require_working_model()
         self._remember(known)
         return Encoded([known[text] for text in texts], len(missing), len(texts) - len(missing))
 
-    def _groups(self, texts: list[str]) -> Iterator[list[str]]:
-        """Texts of like length together, so that padding is small, within the token budget."""
-        group: list[str] = []
-        for text in sorted(texts, key=_rough_tokens, reverse=True):
-            # The longest comes first and sets the padded length of its group.
-            if group and (len(group) + 1) * self._padded(group[0]) > self._batch_tokens:
-                yield group
-                group = []
-            group.append(text)
-        if group:
-            yield group
-
-    def _padded(self, text: str) -> int:
-        return min(_rough_tokens(text), self._embedder.max_tokens or _rough_tokens(text))
-
-    def _encode_group(self, texts: list[str]) -> list[Vector | EmbeddingError]:
-        """Halve a group that fails until the texts that cause it stand alone."""
+    def _encode_missing(self, texts: list[str]) -> list[Vector | EmbeddingError]:
+        """Halve what fails until the texts that cause it stand alone."""
+        if not texts:
+            return []
         try:
             vectors = self._embedder.encode(texts)
         except Exception as error:  # noqa: BLE001  any library error; the halves tell whose it is
             if len(texts) == 1:
                 return [EmbeddingError(f"{type(error).__name__}: {error}")]
             half = len(texts) // 2
-            return self._encode_group(texts[:half]) + self._encode_group(texts[half:])
+            return self._encode_missing(texts[:half]) + self._encode_missing(texts[half:])
         if vectors.shape != (len(texts), DIMENSION):
             raise ModelFault(
                 f"the model gave an array of {vectors.shape} for {len(texts)} texts, "
@@ -100,7 +85,7 @@ class Encoder:
 
     def _require_working_model(self) -> None:
         """Some texts failed. If a known good one fails too, it is not the texts."""
-        result = self._encode_group([_KNOWN_TEXT])[0]
+        result = self._encode_missing([_KNOWN_TEXT])[0]
         if isinstance(result, EmbeddingError):
             raise ModelFault(f"the model can't encode even a known text: {result}")
 
@@ -110,11 +95,6 @@ class Encoder:
                 self._cache[text] = result
         while len(self._cache) > self._cache_texts:
             self._cache.popitem(last=False)
-
-
-def _rough_tokens(text: str) -> int:
-    """Close enough to budget by: English has 4 to 5 bytes a token, Chinese 3."""
-    return len(text.encode()) // 4 + 2
 
 
 def _checked(vector: Vector) -> Vector | EmbeddingError:

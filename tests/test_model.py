@@ -27,7 +27,7 @@ def test_gte_small_is_found_in_the_local_cache_and_computed_in_float32(
     with safe_open(files.directory / "model.safetensors", "np") as weights:
         assert weights.get_tensor(next(iter(weights.keys()))).dtype == np.float16
 
-    embedder = SentenceTransformersEmbedder(files)
+    embedder = SentenceTransformersEmbedder(files, batch_tokens=1024)
 
     vectors = embedder.encode(["pump running hot", "a"])
     assert embedder.fingerprint == f"thenlper/gte-small@{GTE_SMALL_REVISION[:12]}/fp32"
@@ -52,7 +52,7 @@ def test_batches_of_any_mix_give_the_vectors_of_single_texts(minilm: Path) -> No
     """Padding and order change nothing."""
     embedder = load_embedder(Settings(embedding_model=str(minilm)))
     texts = ["short", "a much longer text " * 20, "", "🚰🔥" * 50, "medium long text here"]
-    encoder = Encoder(embedder, batch_tokens=1024, cache_texts=0)
+    encoder = Encoder(embedder, cache_texts=0)
 
     together = encoder.encode(texts).results
     alone = [embedder.encode([text])[0] for text in texts]
@@ -152,7 +152,7 @@ def test_a_bad_text_fails_alone_in_its_batch() -> None:
     """The batch is halved until the text that raises stands alone."""
     texts = [f"text {number}" for number in range(40)]
     texts[13] = "raise"
-    encoder = Encoder(TinyEmbedder(), batch_tokens=1024, cache_texts=100)
+    encoder = Encoder(TinyEmbedder(), cache_texts=100)
 
     results = encoder.encode(texts).results
 
@@ -165,7 +165,7 @@ def test_a_bad_text_fails_alone_in_its_batch() -> None:
 def test_the_memory_of_vectors_is_bounded() -> None:
     """The least recently used text goes first."""
     embedder = TinyEmbedder()
-    encoder = Encoder(embedder, batch_tokens=1024, cache_texts=2)
+    encoder = Encoder(embedder, cache_texts=2)
     for text in ("a", "b", "a", "c", "a", "b"):
         encoder.encode([text])
 
