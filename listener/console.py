@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def load_encoder(settings: Settings) -> Encoder:
     from listener.embedder import load_embedder
     from listener.encoding import Encoder
 
-    return Encoder(load_embedder(settings), settings.cache_texts)
+    return Encoder(partial(load_embedder, settings), settings.cache_texts)
 
 
 def stop_on_signals() -> Stop:

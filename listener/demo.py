@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -98,7 +99,7 @@ def _serve_and_feed(
     # Imports torch, which no other command of this module's importers needs.
     from listener.embedder import load_embedder
 
-    encoder = Encoder(load_embedder(settings), settings.cache_texts)
+    encoder = Encoder(partial(load_embedder, settings), settings.cache_texts)
     console.print(
         f"Model: {encoder.fingerprint}\n"
         "  (all-MiniLM-L6-v2 out of a package, because it works offline; a real installation uses "

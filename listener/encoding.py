@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -32,12 +32,15 @@ class Encoded:
 class Encoder:
     """Owns the model: one thread, a bounded memory of vectors by text."""
 
-    def __init__(self, embedder: Embedder, cache_texts: int) -> None:
-        """`cache_texts` bounds the memory."""
-        self._embedder = embedder
+    def __init__(self, load: Callable[[], Embedder], cache_texts: int) -> None:
+        """`cache_texts` bounds the memory. Raises what `load` raises."""
         self._cache_texts = cache_texts
         self._cache: OrderedDict[str, Vector] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        # OpenMP keeps a team of threads for each thread that ever computed. Were the model loaded
+        # (and tried) elsewhere, there would be more threads than cores, and all of them would sleep
+        # and wake at each step instead of spinning: a tenth of the throughput.
+        self._embedder = self._thread.submit(load).result()
 
     @property
     def fingerprint(self) -> str:
@@ -46,14 +49,17 @@ class Encoder:
 
     def submit(self, texts: Sequence[str]) -> Future[Encoded]:
         """Encode on the model's thread. The future raises ModelFault if the model can't run."""
-        return self._thread.submit(self.encode, texts)
+        return self._thread.submit(self._encode, texts)
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Each distinct text that isn't remembered, once. Raises ModelFault."""
+        return self.submit(texts).result()
 
     def close(self) -> None:
         """Wait for the pass in hand and end the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Encode now, in the caller's thread; each distinct text that isn't remembered, once."""
+    def _encode(self, texts: Sequence[str]) -> Encoded:
         known: dict[str, Vector | EmbeddingError] = {}
         for text in set(texts) & self._cache.keys():
             self._cache.move_to_end(text)

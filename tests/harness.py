@@ -169,7 +169,7 @@ def serving(
     """Run a service until the block ends; what it raised, the block raises."""
     embedder = embedder or TinyEmbedder()
     settings = database.settings
-    encoder = Encoder(embedder, settings.cache_texts)
+    encoder = Encoder(lambda: embedder, settings.cache_texts)
     stop, errors = Stop(), []
     service = Service(settings, encoder, stop)
 

@@ -52,7 +52,7 @@ def test_batches_of_any_mix_give_the_vectors_of_single_texts(minilm: Path) -> No
     """Padding and order change nothing."""
     embedder = load_embedder(Settings(embedding_model=str(minilm)))
     texts = ["short", "a much longer text " * 20, "", "🚰🔥" * 50, "medium long text here"]
-    encoder = Encoder(embedder, cache_texts=0)
+    encoder = Encoder(lambda: embedder, cache_texts=0)
 
     together = encoder.encode(texts).results
     alone = [embedder.encode([text])[0] for text in texts]
@@ -152,7 +152,7 @@ def test_a_bad_text_fails_alone_in_its_batch() -> None:
     """The batch is halved until the text that raises stands alone."""
     texts = [f"text {number}" for number in range(40)]
     texts[13] = "raise"
-    encoder = Encoder(TinyEmbedder(), cache_texts=100)
+    encoder = Encoder(TinyEmbedder, cache_texts=100)
 
     results = encoder.encode(texts).results
 
@@ -165,7 +165,7 @@ def test_a_bad_text_fails_alone_in_its_batch() -> None:
 def test_the_memory_of_vectors_is_bounded() -> None:
     """The least recently used text goes first."""
     embedder = TinyEmbedder()
-    encoder = Encoder(embedder, cache_texts=2)
+    encoder = Encoder(lambda: embedder, cache_texts=2)
     for text in ("a", "b", "a", "c", "a", "b"):
         encoder.encode([text])
 
