@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -23,7 +24,7 @@ from listener.console import (
     stop_on_signals,
 )
 from listener.database import Connection, connect
-from listener.errors import ConfigError, ListenerError, SchemaError
+from listener.errors import ConfigError, EncodeHung, ListenerError, SchemaError
 from listener.logs import configure_logs
 from listener.queue import Queue
 from listener.report import Report, require_reports_dir, write_report
@@ -48,7 +49,12 @@ def _serve(settings: Settings, stop: Stop, *, once: bool) -> None:
     from listener.service import Service
 
     with closing(load_encoder(settings)) as encoder:
-        Service(settings, encoder, stop).run(once=once)
+        try:
+            Service(settings, encoder, stop).run(once=once)
+        except EncodeHung as error:
+            say(f"listener: {error}")
+            # Any other way out would wait for the thread that doesn't return.
+            os._exit(error.exit_code)
 
 
 @click.command("demo", cls=Command, settings=("demo_dir", *SERVICE))

@@ -52,6 +52,9 @@ class Settings:
     lease_seconds: float = _setting(
         60.0, "How long a claim holds without a sign of life.", at_least=1
     )
+    encode_seconds: float = _setting(
+        120.0, "A batch that takes longer hangs: the process ends, to be started again.", at_least=1
+    )
     max_attempts: int = _setting(5, "Attempts after which an event is parked.", at_least=1)
     retry_seconds: float = _setting(
         5.0, "Wait after an event's first failure; doubles up to an hour.", at_least=0.01

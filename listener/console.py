@@ -31,6 +31,7 @@ SERVICE = (
     "backfill_last_n",
     "batch_events",
     "lease_seconds",
+    "encode_seconds",
     "max_attempts",
     "retry_seconds",
     "poll_seconds",

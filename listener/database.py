@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import psycopg
 from pgvector.psycopg.vector import register_vector_info
 from psycopg import errors, sql
+from psycopg.abc import RV, PQGen
 from psycopg.types import TypeInfo
 from psycopg.types.string import StrDumper
 from tenacity import (
@@ -27,7 +29,9 @@ from listener.config import Settings
 from listener.errors import ConnectionLost, SchemaError
 from listener.logs import log, redact
 
-Connection = psycopg.Connection[Any]
+# The server gives a statement of the service up after 8 s and says so; silence for longer is a
+# dead link, which keepalives alone don't find where a proxy or a stopped server answers them.
+_ANSWER_SECONDS = 10.0
 
 # A dead peer is noticed after idle + interval * count = 19 s; unsent data after 10 s.
 _LIVELINESS = {
@@ -39,20 +43,48 @@ _LIVELINESS = {
 }
 
 
-def connect(settings: Settings, name: str) -> Connection:
+class Connection(psycopg.Connection[Any]):
+    """A connection that need not wait for an answer for ever."""
+
+    answer_seconds: float | None = None
+
+    def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
+        """Raises OperationalError, the connection closed, after `answer_seconds` of silence."""
+        if self.answer_seconds is not None:
+            gen = self._within(gen, self.answer_seconds)
+        return super().wait(gen, *args, **kwargs)
+
+    def _within(self, gen: PQGen[RV], seconds: float) -> PQGen[RV]:
+        deadline = time.monotonic() + seconds
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > deadline:
+                    self.pgconn.finish()
+                    raise psycopg.OperationalError(f"the server was silent for {seconds:.0f} s")
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            result: RV = end.value
+            return result
+
+
+def connect(settings: Settings, name: str, *, as_service: bool = False) -> Connection:
     """Open an autocommit connection with this application_name and the pgvector types known.
 
-    Raises ConnectionLost if no connection comes about.
+    As the service's, it answers within seconds or is lost. Raises ConnectionLost if no connection
+    comes about.
     """
     parameters = {**_LIVELINESS, **settings.connection_parameters(), "application_name": name}
     try:
-        conn = psycopg.connect(**parameters, autocommit=True)
+        conn = Connection.connect(**parameters, autocommit=True)
     except psycopg.OperationalError as error:
         reason = redact(" ".join(str(error).split()), settings.secrets())
         # The driver's own traceback would carry the password among its arguments.
         raise ConnectionLost(f"no connection to Postgres: {reason}") from None
     # Strings as text, not as unknown, so that a list of text keys is an array to unnest.
     conn.adapters.register_dumper(str, StrDumper)
+    conn.answer_seconds = _ANSWER_SECONDS if as_service else None
     with translated():
         register_vector(conn)
     return conn

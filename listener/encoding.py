@@ -6,13 +6,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from listener.config import DIMENSION
-from listener.embedder import Embedder
 from listener.errors import EmbeddingError, ModelFault
+
+if TYPE_CHECKING:
+    # Imports torch, which a process with another engine doesn't need.
+    from listener.embedder import Embedder
 
 Vector = NDArray[np.float32]
 

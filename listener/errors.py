@@ -5,7 +5,8 @@ ListenerError            one clear line on stderr
 ├── SchemaError       exit 3: something that `listener install` or the owner provides is missing
 ├── ConnectionLost    back off, connect again, LISTEN, drain
 ├── EmbeddingError    one event's fault: try it again later, in the end park it
-└── ModelFault        the model's fault: nothing is parked, leases are given back, wait
+├── ModelFault        the model's fault: nothing is parked, leases are given back, wait
+└── EncodeHung     exit 1: the model doesn't return; the process ends, to be started again
 """
 
 from __future__ import annotations
@@ -45,3 +46,10 @@ class EmbeddingError(ListenerError):
 
 class ModelFault(ListenerError):
     """The model can't embed even a known text, so no event is to blame."""
+
+
+class EncodeHung(ListenerError):
+    """The model doesn't return, and a thread can't be stopped; only a new process can go on.
+
+    The events in hand keep their lease, so that the one to blame is found as one that kills is.
+    """

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from listener.config import Settings
 from listener.encoding import Encoded, Encoder
-from listener.errors import EmbeddingError, ModelFault
+from listener.errors import EmbeddingError, EncodeHung, ModelFault
 from listener.logs import log
-from listener.queue import Claim, Event, Queue
+from listener.queue import Claim, Event, EventId, Queue
 from listener.wakeup import Stop
 
 # While a batch is encoded the next is claimed; more would only lengthen the leases.
@@ -38,27 +38,39 @@ class Batch:
 class Pipeline:
     """Claim → encode → write, for one connection."""
 
-    def __init__(self, settings: Settings, queue: Queue, encoder: Encoder, stop: Stop) -> None:
-        """When `stop` is set, the batch in hand is finished and the next given back."""
+    def __init__(
+        self,
+        settings: Settings,
+        queue: Queue,
+        encoder: Encoder,
+        stop: Stop,
+        in_hand: dict[int, list[EventId]],
+    ) -> None:
+        """When `stop` is set, the batch in hand is finished and the next given back.
+
+        `in_hand` has the claims, by lease, that are neither written nor given back; after a lost
+        connection the caller finds them there.
+        """
         self._settings = settings
+        self._in_hand = in_hand
         self._queue = queue
         self._encoder = encoder
         self._stop = stop
         self._batch_events = min(_FIRST_BATCH, settings.batch_events)
         self._finished = 0.0
 
-    def drain(self, on_first_claim: Callable[[bool], None]) -> int:
+    def drain(self, on_first_claim: Callable[[bool], None], on_batch: Callable[[], object]) -> int:
         """Claim, encode and write until nothing more is due. Returns how many were claimed.
 
-        `on_first_claim` is told whether the first claim was full. Raises ModelFault, with every
-        claim given back, if the model can't run.
+        `on_first_claim` is told whether the first claim was full, `on_batch` called after each.
+        Raises ModelFault, with every claim given back, if the model can't run, and EncodeHung.
         """
         claimed = 0
         batches: deque[Batch] = deque()
-        more = True
+        more, ahead = True, _AHEAD
         try:
             while True:
-                while more and len(batches) < _AHEAD and not self._stop.is_set():
+                while more and len(batches) < ahead and not self._stop.is_set():
                     claim = self._queue.claim(self._batch_events)
                     if claim is None:
                         break
@@ -67,19 +79,28 @@ class Pipeline:
                         on_first_claim(is_full)
                     claimed += len(claim.event_ids)
                     more = is_full or claim.retried
+                    # One that kills the process shall not cost another an attempt.
+                    ahead = 1 if claim.retried else _AHEAD
                     batches.append(self._submit(claim))
                 if not batches:
                     return claimed
                 self._await_first(batches)
-                self._finish(batches[0])
-                batches.popleft()
+                self._finish(batches.popleft())
+                on_batch()
         except ModelFault:
             for batch in batches:
                 batch.encoding.cancel()
-                self._queue.release(batch.claim.lease, batch.claim.event_ids)
+            self.give_back()
             raise
 
+    def give_back(self) -> None:
+        """Release all that is in hand, from this session or from one before."""
+        for lease, event_ids in list(self._in_hand.items()):
+            self._queue.release(lease, event_ids)
+            del self._in_hand[lease]
+
     def _submit(self, claim: Claim) -> Batch:
+        self._in_hand[claim.lease] = claim.event_ids
         events = self._queue.read(claim)
         encoding = self._encoder.submit([event.text for event in events])
         return Batch(claim, events, encoding, time.monotonic())
@@ -90,6 +111,15 @@ class Pipeline:
         while not wait([batches[0].encoding], timeout=_LOOK_UP_SECONDS).done:
             if self._stop.is_set():
                 self._give_back_unstarted(batches)
+            if time.monotonic() - max(batches[0].submitted, self._finished) > (
+                self._settings.encode_seconds
+            ):
+                self._give_back_unstarted(batches)
+                raise EncodeHung(
+                    f"the model has not returned for {self._settings.encode_seconds:.0f} s with "
+                    f"{len(batches[0].events)} events, the first {batches[0].claim.event_ids[0]}; "
+                    "the process ends, to be started again"
+                )
             if time.monotonic() - extended > self._settings.lease_seconds / 3:
                 extended = time.monotonic()
                 for batch in batches:
@@ -112,6 +142,7 @@ class Pipeline:
             )
         )
         failed = self._fail(batch, encoded)
+        self._in_hand.pop(batch.claim.lease, None)
         now = time.monotonic()
         # Its predecessor's encode is not its own time.
         seconds = now - max(batch.submitted, self._finished)
@@ -141,7 +172,10 @@ class Pipeline:
         for batch in list(batches)[1:]:
             if batch.encoding.cancel():
                 self._queue.release(batch.claim.lease, batch.claim.event_ids)
+                del self._in_hand[batch.claim.lease]
                 batches.remove(batch)
+                # A sleeping peer would hear of them at its next poll only.
+                self._queue.notify()
 
     def _adapt(self, events: int, seconds: float) -> None:
         """Size the next batch so that it takes about half a second."""

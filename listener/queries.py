@@ -14,10 +14,21 @@ join pg_catalog.pg_namespace n on n.oid = x.extnamespace
 where x.extname = 'vector'
 """
 
-# A commit of ours that a crash undoes takes vector and acknowledgement back together, so the event
-# is pending again: nothing is lost by not waiting for the disk. On a session of our own only.
-COMMIT_WITHOUT_WAITING = "set synchronous_commit = off"
-
+# For the two sessions of the service, and no pooler's. A statement that waits for a lock, as behind
+# an index build, is given up by the server, so that no abandoned ones pile up there. The server
+# finds a dead client in 19 s instead of two hours, and with it frees the locks of a worker.
+SERVICE_SESSION = """
+select
+  pg_catalog.set_config('statement_timeout', '8s', false),
+  -- Under a stricter default every claim that meets another would fail.
+  pg_catalog.set_config('default_transaction_isolation', 'read committed', false),
+  pg_catalog.set_config('tcp_keepalives_idle', '10', false),
+  pg_catalog.set_config('tcp_keepalives_interval', '3', false),
+  pg_catalog.set_config('tcp_keepalives_count', '3', false),
+  -- A commit of ours that a crash undoes takes vector and acknowledgement back together, so the
+  -- event is pending again: nothing is lost by not waiting for the disk.
+  pg_catalog.set_config('synchronous_commit', 'off', false)
+"""
 # --- wake-up -----------------------------------------------------------------------------------
 
 LISTEN = "listen listener"
@@ -30,6 +41,17 @@ NOTIFY_PROBE = "select pg_catalog.pg_notify('listener_probe', %(token)s)"
 NOTIFY = "select pg_catalog.pg_notify('listener', '')"
 TRY_LOCK = "select pg_catalog.pg_try_advisory_lock(%(key)s)"
 UNLOCK = "select pg_catalog.pg_advisory_unlock(%(key)s)"
+
+# After a failure, because a lease ended, or because a writer held it. New events are not looked
+# for: their writers wake us.
+IS_OVERDUE = """
+select exists (
+  select from listener.queue q
+  where q.lane in (0, 1)
+    and q.due_at <= now()
+    and (q.attempts > 0 or q.due_at > q.queued_at)
+)
+"""
 
 # --- workers -----------------------------------------------------------------------------------
 
@@ -44,7 +66,8 @@ SEE_WORKER = "update listener.worker set seen_at = now() where worker = %(worker
 FORGET_WORKER = "delete from listener.worker where worker = %(worker)s"
 
 # A free lock means a dead session. Its events keep their lease, which marks them as claimed and
-# never answered, and go back to the place in line that they had.
+# never answered, and go back to the place in line that they had. After a second death they go to
+# its end: at the front an innocent one would be in hand at every death that follows.
 RELEASE_DEAD = """
 with dead as (
   delete from listener.worker w
@@ -61,7 +84,7 @@ with dead as (
   for update skip locked
 )
 update listener.queue q
-set due_at = q.queued_at, worker = null
+set due_at = case when q.attempts > 1 then now() else q.queued_at end, worker = null
 from held h
 where q.event_id = h.event_id
 """
@@ -220,7 +243,7 @@ returning
   extract(epoch from nullif(q.due_at, 'infinity') - now())::float8 as retry_in_seconds
 """
 
-# Give a claim back as if it had not been made.
+# Give a claim back as if it had not been made; due at its old place in line, or a while from now.
 RELEASE = """
 with held as materialized (
   select q.event_id
@@ -230,9 +253,17 @@ with held as materialized (
   for update skip locked
 )
 update listener.queue q
-set lease = null, worker = null, due_at = q.queued_at, attempts = greatest(q.attempts - 1, 0)
+set
+  lease = null,
+  worker = null,
+  attempts = greatest(q.attempts - 1, 0),
+  due_at = case
+    when %(delay_seconds)s = 0 then q.queued_at
+    else now() + %(delay_seconds)s * interval '1 second'
+  end
 from held h
 where q.event_id = h.event_id
+returning q.event_id
 """
 
 EXTEND = """

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +29,8 @@ ROW_ERRORS = (errors.DataError, errors.IntegrityError, errors.RaiseException)
 # A claim in another session locks a row for a moment while passing it by, a writer until it
 # commits; the first is worth waiting for.
 _PASSING_LOCK_SECONDS = (0.005, 0.01, 0.02, 0.04)
+# One that holds an event for longer is looked at again this much later.
+_HELD_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Queue:
         self._conn = conn
         self._settings = settings
         self._worker = worker
-        self._retries: list[float] = []
+        self._unreleased: dict[int, list[EventId]] = {}
 
     def claim(self, events: int) -> Claim | None:
         """Lease at most this many of the events that are due. None if nothing is due."""
@@ -132,7 +132,7 @@ class Queue:
         """Store unit vectors and acknowledge, fenced by lease and version.
 
         Returns the ids stored. The rest changed, went, were taken over, or are held by a writer;
-        those still ours are given back. A row that the database refuses fails alone.
+        those still ours are given back for a while. A row that the database refuses fails alone.
         """
         stored: set[EventId] = set()
         left = list(zip(events, vectors, strict=True))
@@ -145,7 +145,7 @@ class Queue:
             left = [pair for pair in left if pair[0].event_id in ours - stored]
             if not left:
                 return stored
-        self.release(lease, [event.event_id for event, _ in left])
+        self.release(lease, [event.event_id for event, _ in left], _HELD_SECONDS)
         return stored
 
     def _still_ours(self, lease: int, event_ids: list[EventId]) -> set[EventId]:
@@ -198,22 +198,26 @@ class Queue:
                 log(logging.ERROR, "event_parked", **fields)
             else:
                 log(logging.WARNING, "event_failed", **fields, retry_in_seconds=seconds)
-                heapq.heappush(self._retries, time.monotonic() + seconds)
         return len(rows)
 
-    def seconds_to_retry(self) -> float:
-        """Until the next event that failed here is due again; infinite if there is none."""
-        now, is_overdue = time.monotonic(), False
-        while self._retries and self._retries[0] <= now:
-            heapq.heappop(self._retries)
-            is_overdue = True
-        if is_overdue:
-            return 0.0
-        return self._retries[0] - now if self._retries else math.inf
+    def release(self, lease: int, event_ids: Sequence[EventId], delay_seconds: float = 0.0) -> int:
+        """Give events back as if they had not been claimed. Returns how many.
 
-    def release(self, lease: int, event_ids: Sequence[EventId]) -> None:
-        """Give events back as if they had not been claimed."""
-        self._execute(queries.RELEASE, event_ids=list(event_ids), lease=lease)
+        Those whose queue row a writer holds wait for `release_held`.
+        """
+        rows = self._execute(
+            queries.RELEASE, event_ids=list(event_ids), lease=lease, delay_seconds=delay_seconds
+        )
+        if len(rows) < len(event_ids):
+            left = self._still_ours(lease, list(event_ids))
+            if left:
+                self._unreleased[lease] = list(left)
+        return len(rows)
+
+    def release_held(self) -> int:
+        """Give back what a writer held when it should have been given back. Returns how many."""
+        held, self._unreleased = self._unreleased, {}
+        return sum(self.release(lease, event_ids) for lease, event_ids in held.items())
 
     def extend(self, lease: int, event_ids: Sequence[EventId]) -> None:
         """A sign of life: the lease runs from now."""

@@ -16,11 +16,14 @@ from listener.errors import ConnectionLost, ModelFault
 from listener.install import verify
 from listener.logs import log
 from listener.pipeline import Pipeline
-from listener.queue import Queue
+from listener.queue import EventId, Queue
 from listener.wakeup import Stop, Wakeup
-from listener.worker import BEAT_SECONDS, Worker
+from listener.worker import Worker
 
-_SWEEP_PAGE = 2_000
+# Within the time limit of a statement even where reading an event takes milliseconds.
+_SWEEP_PAGE = 500
+# Dead peers are looked for this often: twice a second would be felt, ten seconds is too long.
+_BEAT_SECONDS = 1.5
 
 
 class Service:
@@ -31,6 +34,7 @@ class Service:
         self._settings = settings
         self._encoder = encoder
         self._stop = stop
+        self._in_hand: dict[int, list[EventId]] = {}
 
     def run(self, *, once: bool = False) -> None:
         """Serve until stopped, or with `once` until nothing is due and the sweep is done.
@@ -57,7 +61,7 @@ class Service:
             for attempt in reconnecting(self._stop):
                 with attempt:
                     session = stack.enter_context(
-                        _open_session(self._settings, self._encoder, self._stop)
+                        _open_session(self._settings, self._encoder, self._stop, self._in_hand)
                     )
             if once:
                 session.run_once()
@@ -76,11 +80,13 @@ class Service:
 
 
 @contextmanager
-def _open_session(settings: Settings, encoder: Encoder, stop: Stop) -> Iterator[_Session]:
+def _open_session(
+    settings: Settings, encoder: Encoder, stop: Stop, in_hand: dict[int, list[EventId]]
+) -> Iterator[_Session]:
     """Connect twice, register the worker, LISTEN; the queue may be drained from here on."""
     with ExitStack() as stack:
-        work = stack.enter_context(connect(settings, "listener-work"))
-        wake = stack.enter_context(connect(settings, "listener-wake"))
+        work = stack.enter_context(connect(settings, "listener-work", as_service=True))
+        wake = stack.enter_context(connect(settings, "listener-wake", as_service=True))
         verify(work)
         wakeup = Wakeup(wake, stop, settings.notify, settings.poll_seconds)
         stack.callback(wakeup.close)
@@ -88,12 +94,17 @@ def _open_session(settings: Settings, encoder: Encoder, stop: Stop) -> Iterator[
         # LISTEN before the drain: a row committed between the two would wait for the next poll.
         if wakeup.listen(work):
             with translated():
-                work.execute(queries.COMMIT_WITHOUT_WAITING)
+                for conn in (work, wake):
+                    conn.execute(queries.SERVICE_SESSION)
             worker = stack.enter_context(Worker.registered(work, encoder.fingerprint))
         else:
             # Behind a transaction pooler a statement prepared on one server is unknown to the next.
             work.prepare_threshold = None
-        yield _Session(settings, encoder, stop, wakeup, worker, work)
+        queue = Queue(work, settings, worker.number if worker else None)
+        pipeline = Pipeline(settings, queue, encoder, stop, in_hand)
+        # What the lost connection left behind: nobody died of it, so no attempt is counted.
+        pipeline.give_back()
+        yield _Session(settings, encoder, stop, wakeup, worker, work, queue, pipeline)
 
 
 class _Session:
@@ -107,6 +118,8 @@ class _Session:
         wakeup: Wakeup,
         worker: Worker | None,
         work: Connection,
+        queue: Queue,
+        pipeline: Pipeline,
     ) -> None:
         self._stop = stop
         self._wakeup = wakeup
@@ -114,8 +127,9 @@ class _Session:
         self._encoder = encoder
         self._worker = worker
         self._work = work
-        self._queue = Queue(work, settings, worker.number if worker else None)
-        self._pipeline = Pipeline(settings, self._queue, encoder, stop)
+        self._queue = queue
+        self._pipeline = pipeline
+        self._next_beat = time.monotonic()
         self._sweep_from: str | None = None
         self._sweep_left = settings.backfill_last_n
         self._next_sweep = time.monotonic() if settings.backfill_last_n else float("inf")
@@ -141,7 +155,7 @@ class _Session:
             pass
 
     def _drain(self) -> int:
-        return self._pipeline.drain(self._wake_up)
+        return self._pipeline.drain(self._wake_up, self._beat)
 
     def _wake_up(self, is_full: bool) -> None:
         """There is something to do: let writers pass without NOTIFY, and call for help if much."""
@@ -151,18 +165,23 @@ class _Session:
 
     def _sleep(self, seconds: float) -> bool:
         """Sleep in beats. Returns whether there is reason to look at the queue."""
-        retry = self._queue.seconds_to_retry()
-        deadline = time.monotonic() + min(seconds, retry, self._seconds_to_sweep())
+        deadline = time.monotonic() + min(seconds, self._seconds_to_sweep())
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
-            if self._wakeup.sleep(min(left, BEAT_SECONDS)):
+            if self._wakeup.sleep(min(left, _BEAT_SECONDS)):
                 return True
             if self._beat():
                 return True
         return False
 
     def _beat(self) -> bool:
-        """Release what dead workers hold. Returns whether there was any."""
-        return self._worker is not None and self._worker.beat() > 0
+        """Release what dead workers hold and what writers held. Returns whether anything is due."""
+        if time.monotonic() < self._next_beat:
+            return False
+        self._next_beat = time.monotonic() + _BEAT_SECONDS
+        released = self._queue.release_held()
+        if self._worker is not None:
+            released += self._worker.beat()
+        return self._wakeup.is_overdue() or released > 0
 
     def _sweep_page(self) -> bool:
         """Queue one page of the last N, only when nothing else is due. Returns whether it did.

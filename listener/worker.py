@@ -13,8 +13,6 @@ from listener.database import Connection, translated
 
 # The first half of each worker's lock key.
 LOCK_CLASS = 470_211
-# Dead peers are looked for this often: twice a second would be felt, ten seconds is too long.
-BEAT_SECONDS = 1.5
 _SEEN_SECONDS = 30.0
 
 
@@ -24,7 +22,6 @@ class Worker:
     def __init__(self, conn: Connection, number: int) -> None:
         self._conn = conn
         self.number = number
-        self._next_beat = time.monotonic()
         self._next_seen = time.monotonic() + _SEEN_SECONDS
 
     @classmethod
@@ -53,13 +50,7 @@ class Worker:
             conn.execute(queries.FORGET_WORKER, {"worker": number})
 
     def beat(self) -> int:
-        """Release the events of workers whose session is gone. Returns how many.
-
-        Called more often than every BEAT_SECONDS it does nothing.
-        """
-        if time.monotonic() < self._next_beat:
-            return 0
-        self._next_beat = time.monotonic() + BEAT_SECONDS
+        """Release the events of workers whose session is gone. Returns how many."""
         with translated():
             parameters = {"lock_class": LOCK_CLASS, "worker": self.number}
             released = self._conn.execute(queries.RELEASE_DEAD, parameters).rowcount

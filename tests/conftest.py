@@ -116,14 +116,16 @@ def database(
 
 @pytest.fixture
 def spawn(tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    """Start `listener` processes; killed when the test ends."""
+    """Start `listener` processes, or others of its kind; killed when the test ends."""
     started: list[Command] = []
 
-    def start(settings: Settings, *arguments: str, **variables: str) -> Command:
+    def start(
+        settings: Settings, *arguments: str, module: str = "listener", **variables: str
+    ) -> Command:
         log = tmp_path / f"listener-{len(started)}.log"
         with log.open("w") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "listener", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 env=environment(settings, **variables),
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -92,7 +92,7 @@ class Database:
         return [event_id for (event_id,) in rows]
 
     def rows(self, statement: str, *parameters: Any) -> list[Any]:
-        """Execute and fetch all; empty if there is nothing to fetch."""
+        """Execute and fetch all; empty if there is nothing to fetch, also for rows of no column."""
         cursor = self.conn.execute(statement.encode(), parameters or None)
         return cursor.fetchall() if cursor.description else []
 
@@ -132,7 +132,7 @@ class Database:
         )
         assert wrong == []
         assert not self.rows(
-            "select from public.event_embeddings m "
+            "select m.event_id from public.event_embeddings m "
             "where not exists (select from public.iot_events e where e.id = m.event_id)"
         )
 

@@ -380,7 +380,7 @@ def test_a_text_that_changed_while_triggers_were_off_is_not_given_the_old_vector
     assert not queue.write(claim.lease, events, [vector_of(events[0].text)], MODEL)
 
     assert database.embedded() == {}
-    assert queue.read(claimed(queue))[0].text.endswith("new")
+    assert queue.read(wait_until(lambda: queue.claim(1)))[0].text.endswith("new")
 
 
 @pytest.mark.parametrize(

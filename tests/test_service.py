@@ -208,3 +208,45 @@ def test_a_signal_ends_the_service_cleanly(
 
     assert "Traceback" not in service.output()
     assert database.value("select count(*) from listener.worker") == 0
+
+
+def test_an_event_that_a_writer_holds_is_embedded_soon_after_it_lets_go(database: Database) -> None:
+    """Locked while it was encoded, and not changed in the end: no waiting for the lease or poll."""
+    embedder = TinyEmbedder()
+    with serving(database, embedder), database.session() as writer:
+        embedder.may_run.clear()
+        database.insert("held")
+        wait_until(lambda: claimed(database) == 1)
+        with writer.transaction():
+            writer.execute("select from public.iot_events for update")
+            embedder.may_run.set()
+            wait_until(lambda: claimed(database) == 0)
+
+        wait_until(database.embedded, 5.0)
+
+    assert len(embedder.encoded) == 1
+
+
+def test_events_given_back_by_a_stop_wake_a_sleeping_peer(database: Database) -> None:
+    """Of two workers one goes; what it had not begun is not slept through by the other."""
+    going, staying = TinyEmbedder(), TinyEmbedder()
+    database = database.with_settings(batch_events=1)
+    with serving(database, staying):
+        wait_until(lambda: is_asleep(database))
+        with serving(database, going) as worker:
+            wait_until(lambda: database.value("select count(*) from listener.worker") == 2)
+            going.may_run.clear()
+            staying.may_run.clear()
+            database.insert("a", "b", "c", "d", "e")
+            wait_until(lambda: claimed(database) == 4)
+            staying.may_run.set()
+            wait_until(lambda: len(database.embedded()) == 3 and is_asleep(database))
+            worker.stop_signal.set()
+            going.may_run.set()
+
+        wait_until(lambda: len(database.embedded()) == 5, 10.0)
+
+
+def claimed(database: Database) -> int:
+    """How many events are leased."""
+    return int(database.value("select count(*) from listener.queue where lease is not null"))

@@ -1,0 +1,159 @@
+"""A worker that is killed, stopped, hung or poisoned loses nothing and takes no mate with it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from itertools import count
+
+import pytest
+
+from tests.harness import Command, Database, TinyEmbedder, listener, wait_until
+from tests.tiny_worker import STEPS
+
+Spawn = Callable[..., Command]
+_TINY = "tests.tiny_worker"
+
+
+def start(spawn: Spawn, database: Database, **variables: str) -> Command:
+    """A worker process with the tiny model."""
+    settings = database.settings
+    return spawn(
+        settings,
+        "run",
+        module=_TINY,
+        LEASE_SECONDS=str(settings.lease_seconds),
+        RETRY_SECONDS=str(settings.retry_seconds),
+        POLL_SECONDS=str(settings.poll_seconds),
+        **variables,
+    )
+
+
+def keep_running(spawn: Spawn, database: Database, **variables: str) -> Callable[[], int]:
+    """Start the worker again whenever it has ended, as systemd does. Tells how often it ended."""
+    workers = [start(spawn, database, **variables)]
+
+    def look() -> int:
+        if workers[-1].process.poll() is not None:
+            workers.append(start(spawn, database, **variables))
+        return len(workers) - 1
+
+    return look
+
+
+def claims_of_live_workers(database: Database) -> int:
+    """How many events are leased."""
+    return int(
+        database.value(
+            "select count(*) from listener.queue where lease is not null and due_at > now() "
+            "and due_at < 'infinity'"
+        )
+    )
+
+
+def newest_lease(database: Database) -> int:
+    """The last lease that an event was given."""
+    return int(database.value("select coalesce(max(lease), 0) from listener.queue"))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_worker_killed_at_any_step_loses_and_doubles_nothing(
+    database: Database, spawn: Spawn, step: str
+) -> None:
+    """SIGKILL; the next worker finds all that was in hand."""
+    if step == "during the backfill":
+        database.rows("alter table public.iot_events disable trigger listener_inserted")
+    database.insert(*map(str, range(50)))
+    database.rows("alter table public.iot_events enable always trigger listener_inserted")
+    dying = start(spawn, database, DIE_AT=step)
+    assert dying.process.wait(30) == -signal.SIGKILL
+
+    start(spawn, database)
+
+    wait_until(lambda: len(database.embedded()) == 50)
+    database.wait_for_rest()
+    database.assert_invariant()
+
+
+def test_a_peer_takes_over_from_a_killed_worker_long_before_the_lease_ends(
+    database: Database, spawn: Spawn
+) -> None:
+    """With a lease of minutes and a poll of minutes."""
+    database = database.with_settings(lease_seconds=300.0)
+    victim = start(spawn, database)
+    victim.wait_for("event=listening")
+    database.insert("slow")
+    wait_until(lambda: claims_of_live_workers(database) == 1)
+    start(spawn, database).wait_for("event=listening")
+
+    victim.end(signal.SIGKILL)
+
+    wait_until(database.embedded, 8.0)
+    database.assert_invariant()
+
+
+def test_a_stopped_worker_keeps_its_claim_until_the_lease_ends_and_is_fenced_after(
+    database: Database, spawn: Spawn
+) -> None:
+    """SIGSTOP, and SIGCONT when a peer has the event: what the zombie writes counts for nothing."""
+    database = database.with_settings(lease_seconds=4.0)
+    zombie = start(spawn, database)
+    zombie.wait_for("event=listening")
+    event_id = database.insert("slow")[0]
+    wait_until(lambda: claims_of_live_workers(database) == 1)
+    first_lease = newest_lease(database)
+    zombie.process.send_signal(signal.SIGSTOP)
+    start(spawn, database).wait_for("event=listening")
+
+    wait_until(lambda: newest_lease(database) > first_lease)
+    database.rows("update public.iot_events set message = 'another' where id = %s", event_id)
+    database.wait_for_rest()
+    written = database.rows("select xmin from public.event_embeddings")
+    zombie.process.send_signal(signal.SIGCONT)
+    zombie.wait_for("outdated=1")
+
+    assert database.rows("select xmin from public.event_embeddings") == written
+    database.assert_invariant()
+
+
+@pytest.mark.parametrize(
+    ("poison", "variables"), [("segfault", {}), ("hang", {"ENCODE_SECONDS": "1"})]
+)
+def test_a_text_that_kills_or_hangs_the_process_is_parked_and_its_mates_are_stored(
+    database: Database, spawn: Spawn, poison: str, variables: dict[str, str]
+) -> None:
+    """Found by its attempts; visible in status, and replayable."""
+    ids = database.insert(*(poison if number == 20 else str(number) for number in range(40)))
+    deaths = keep_running(spawn, database, MAX_ATTEMPTS="3", **variables)
+
+    wait_until(lambda: deaths() >= 0 and database.is_at_rest(), 90)
+
+    assert deaths() >= 3
+    assert set(database.embedded()) == set(ids) - {ids[20]}
+    ((event_id, *_, is_parked, error),) = database.queue()
+    assert (event_id, is_parked) == (ids[20], True)
+    assert "its worker died or lost its lease" in error
+    assert "parked" in listener(database.settings, "status").stdout
+    database.rows("update public.iot_events set message = 'harmless' where id = %s", ids[20])
+    wait_until(lambda: len(database.embedded()) == 40)
+    database.assert_invariant()
+
+
+def test_innocent_events_survive_more_deaths_than_they_have_attempts(
+    database: Database, spawn: Spawn
+) -> None:
+    """A worker killed again and again for reasons of its own parks nothing."""
+    database = database.with_settings(lease_seconds=300.0)
+    numbers = count()
+    for _ in range(7):
+        last = newest_lease(database)
+        worker = start(spawn, database)
+        database.insert(*(f"slow {next(numbers)}" for _ in range(100)))
+        wait_until(lambda last=last: newest_lease(database) > last)
+        worker.end(signal.SIGKILL)
+
+    start(spawn, database, HURRY="1")
+    wait_until(lambda: len(database.embedded()) == 700, 60)
+
+    assert database.queue() == []
+    database.assert_invariant(TinyEmbedder.fingerprint)

@@ -1,0 +1,167 @@
+"""A cut, silent, slow or lying network loses nothing, and the service recovers by itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from listener.embedded import Server
+from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
+from tests.proxy import Proxy, proxied
+
+# What the product promises for a link that carries nothing and says nothing.
+_NOTICED_SECONDS = 15.0
+
+
+@contextmanager
+def behind_proxy(server: Server, database: Database) -> Iterator[tuple[Proxy, Database]]:
+    """The database as a service sees it through a proxy."""
+    assert server.port is not None
+    with proxied(server.port) as proxy:
+        name = database.conn.info.dbname
+        url = f"postgresql://postgres@127.0.0.1:{proxy.port}/{name}"
+        yield proxy, database.with_settings(database_url=url)
+
+
+@contextmanager
+def served_through(
+    server: Server, database: Database, embedder: TinyEmbedder | None = None
+) -> Iterator[Proxy]:
+    """A service at rest behind a proxy."""
+    with (
+        behind_proxy(server, database) as (proxy, seen_by_service),
+        serving(seen_by_service, embedder),
+    ):
+        wait_until(lambda: is_asleep(database))
+        yield proxy
+
+
+def test_reset_connections_are_replaced(server: Server, database: Database) -> None:
+    """RST in the idle service, again and again; what arrives meanwhile is embedded."""
+    with served_through(server, database) as proxy:
+        for number in range(5):
+            proxy.reset()
+            database.insert(f"after reset {number}")
+            wait_until(lambda: database.is_at_rest() and database.embedded())
+
+        assert len(database.embedded()) == 5
+        database.assert_invariant()
+
+
+def test_a_black_hole_is_noticed_in_time_and_recovered_from(
+    server: Server, database: Database
+) -> None:
+    """Both connections carry nothing and nobody says so; an event of that time has its vector."""
+    with served_through(server, database) as proxy:
+        before = workers_pids(database)
+        proxy.black_hole()
+        fell = time.monotonic()
+        database.insert("while the link is dead")
+        proxy.heal()
+
+        wait_until(database.embedded, _NOTICED_SECONDS + 5)
+
+        assert time.monotonic() - fell < _NOTICED_SECONDS
+        assert not before & workers_pids(database, newest=2)
+
+
+def workers_pids(database: Database, newest: int | None = None) -> set[int]:
+    """The backends of the service's connections; those in a black hole live on for a while."""
+    rows = database.rows(
+        "select pid from pg_stat_activity where datname = current_database() "
+        "and application_name in ('listener-work', 'listener-wake') "
+        "order by backend_start desc"
+    )
+    return {pid for (pid,) in rows[:newest]}
+
+
+@pytest.mark.parametrize("name", ["listener-work", "listener-wake"])
+def test_either_connection_alone_in_a_black_hole_is_noticed(
+    server: Server, database: Database, name: str
+) -> None:
+    """The one that works and the one that only listens."""
+    with served_through(server, database) as proxy:
+        before = workers_pids(database)
+        port = database.value(
+            "select client_port from pg_stat_activity "
+            "where datname = current_database() and application_name = %s",
+            name,
+        )
+        fell = time.monotonic()
+        proxy.black_hole(port)
+
+        wait_until(lambda: len(workers_pids(database) - before) == 2, _NOTICED_SECONDS + 5)
+        database.insert("after it was noticed")
+        wait_until(database.embedded)
+
+        assert time.monotonic() - fell < _NOTICED_SECONDS
+
+
+def test_a_lost_reply_to_the_write_loses_and_doubles_nothing(
+    server: Server, database: Database
+) -> None:
+    """The commit happened, its reply didn't arrive: the event is stored once and acknowledged."""
+    embedder = TinyEmbedder()
+    with served_through(server, database, embedder) as proxy:
+        cut: list[bool] = []
+
+        def is_write(data: bytes) -> bool:
+            if b"done as" in data and not cut:
+                cut.append(True)
+                return True
+            return False
+
+        proxy.swallow_reply_to = is_write
+        database.insert("reply lost")
+        wait_until(lambda: cut and database.is_at_rest() and database.embedded())
+        database.insert("next")
+        database.wait_for_rest()
+
+        assert len(database.embedded()) == 2
+        assert len(embedder.encoded) == 2
+
+
+def test_a_lost_reply_to_the_claim_costs_no_event(server: Server, database: Database) -> None:
+    """The service doesn't know that it holds a lease; its former session's death frees it."""
+    with served_through(server, database) as proxy:
+        cut: list[bool] = []
+
+        def is_claim(data: bytes) -> bool:
+            if b"live as materialized" in data and not cut:
+                cut.append(True)
+                return True
+            return False
+
+        proxy.swallow_reply_to = is_claim
+        database.insert("claimed by nobody")
+        wait_until(lambda: cut and database.embedded())
+
+        database.assert_invariant()
+
+
+def test_latency_slows_and_breaks_nothing(server: Server, database: Database) -> None:
+    """200 ms each way."""
+    with served_through(server, database) as proxy:
+        proxy.delay_seconds = 0.2
+        database.insert(*map(str, range(20)))
+
+        wait_until(lambda: len(database.embedded()) == 20, 60)
+
+        proxy.delay_seconds = 0.0
+
+
+def test_a_database_that_can_not_be_reached_is_waited_for(
+    server: Server, database: Database
+) -> None:
+    """Started before the network is there, the service ends up serving."""
+    with behind_proxy(server, database) as (proxy, seen_by_service):
+        proxy.refuses = True
+        with serving(seen_by_service):
+            database.insert("before there was a way")
+            wait_until(lambda: proxy.refused >= 2)
+            proxy.refuses = False
+
+            wait_until(database.embedded)

@@ -1,0 +1,73 @@
+"""`python -m tests.tiny_worker run`: the real command with a model that is instant and can kill.
+
+A text with "segfault" in it ends the process as a broken library does, one with "hang" never
+returns, one with "slow" takes two seconds, unless HURRY is set. DIE_AT names the step at which the
+process kills itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from listener import cli, commands_run
+from listener.config import Settings
+from listener.encoding import Encoder
+from listener.queue import Queue
+from listener.wakeup import Wakeup
+from tests.harness import TinyEmbedder
+
+# Before the step, or once the server has carried it out and its answer was not yet acted on.
+STEPS: dict[str, tuple[type, str, str]] = {
+    "before the claim": (Queue, "claim", "before"),
+    "after the claim": (Queue, "claim", "after"),
+    "while encoding": (TinyEmbedder, "encode", "before"),
+    "before the write": (Queue, "write", "before"),
+    "after the write": (Queue, "_write", "after"),
+    "during the backfill": (Queue, "sweep", "after"),
+    "during LISTEN": (Wakeup, "listen", "after"),
+}
+
+
+class DeadlyEmbedder(TinyEmbedder):
+    """Kills the process, hangs or dawdles, as the text says."""
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        if any("segfault" in text for text in texts):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        while any("hang" in text for text in texts):
+            time.sleep(1)
+        if "HURRY" not in os.environ and any("slow" in text for text in texts):
+            time.sleep(2)
+        return super().encode(texts)
+
+
+def _die_at(step: str) -> None:
+    owner, name, when = STEPS[step]
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def dying(*arguments: Any, **named: Any) -> Any:
+        result = original(*arguments, **named) if when == "after" else None
+        # An answer of nothing is not the step.
+        if when == "before" or result:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, dying)
+
+
+def _load_encoder(settings: Settings) -> Encoder:
+    return Encoder(DeadlyEmbedder, settings.cache_texts)
+
+
+if __name__ == "__main__":
+    setattr(commands_run, "load_encoder", _load_encoder)  # noqa: B010  mypy: not exported there
+    if "DIE_AT" in os.environ:
+        _die_at(os.environ["DIE_AT"])
+    cli.main()
