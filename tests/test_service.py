@@ -242,9 +242,10 @@ def test_events_given_back_by_a_stop_wake_a_sleeping_peer(database: Database) ->
             staying.may_run.set()
             wait_until(lambda: len(database.embedded()) == 3 and is_asleep(database))
             worker.stop_signal.set()
-            going.may_run.set()
 
-        wait_until(lambda: len(database.embedded()) == 5, 10.0)
+            wait_until(lambda: len(database.embedded()) == 4, 10.0)
+
+    assert len(database.embedded()) == 5
 
 
 def claimed(database: Database) -> int:
