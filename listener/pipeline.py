@@ -91,6 +91,7 @@ class Pipeline:
             for batch in batches:
                 batch.encoding.cancel()
             self.give_back()
+            self._queue.notify()
             raise
 
     def give_back(self) -> None:
@@ -174,7 +175,6 @@ class Pipeline:
                 self._queue.release(batch.claim.lease, batch.claim.event_ids)
                 del self._in_hand[batch.claim.lease]
                 batches.remove(batch)
-                # A sleeping peer would hear of them at its next poll only.
                 self._queue.notify()
 
     def _adapt(self, events: int, seconds: float) -> None:

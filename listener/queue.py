@@ -253,7 +253,7 @@ class Queue:
         return [event_id for (event_id,) in rows]
 
     def notify(self) -> None:
-        """Wake a worker, whatever the gate says."""
+        """Wake a worker, whatever the gate says, to what was given back or put back."""
         self._execute(queries.NOTIFY)
 
     def pending(self) -> int:

@@ -2,9 +2,9 @@
 
 Of all workers one leads: it holds LEADER_KEY and alone listens to the writers, so that one insert
 wakes one worker. Before it sleeps it takes GATE_KEY, which succeeds only when no writer that
-trusted the gate is in flight; then one more drain, then sleep. On waking it opens the gate first
-and drains second. The others look at the queue every second, take over when the leader's session
-ends, and are called when a claim was full.
+trusted the gate is in flight; then one more drain, then sleep, with nothing opened or cleared in
+between. On waking it opens the gate and drains. The others look at the queue every second, take
+over when the leader's session ends, and are called when a claim was full.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Wakeup:
         return seconds
 
     def open_gate(self) -> None:
-        """Let writers commit without NOTIFY. Before the drain, so that those after it are seen."""
+        """Let writers commit without NOTIFY. Before the drain, to spare them those of its time."""
         if self._gate_closed and self._mode == "gated":
             with translated():
                 self._conn.execute(queries.UNLOCK, {"key": GATE_KEY})
@@ -124,6 +124,9 @@ class Wakeup:
 
     def sleep(self, seconds: float) -> bool:
         """Sleep until a NOTIFY, a stop or the time is up. Returns whether it was a NOTIFY."""
+        # One that came with the answer to a query is with the driver; the socket is silent of it.
+        if self._clear():
+            return True
         deadline = time.monotonic() + seconds
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
             if self._selector.select(left) and not self._stop.is_set() and self._clear():

@@ -1,0 +1,257 @@
+"""A server that crashes, refuses, stalls or turns read-only loses nothing; we outlive it."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from listener import install
+from listener.catalogue import read_facts
+from listener.config import Settings
+from listener.database import connect, register_vector
+from listener.embedded import Server
+from listener.template import sql_text
+from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
+
+MakeServer = Callable[..., Server]
+
+
+@pytest.fixture
+def make_server(server: Server) -> Iterator[MakeServer]:
+    """Servers of the test's own, to be broken; options as `-c` settings."""
+    with ExitStack() as stack:
+
+        def make(*options: str) -> Server:
+            home = Path(tempfile.mkdtemp(prefix="listener-"))
+            stack.callback(shutil.rmtree, home)
+            home.rmdir()
+            made = Server.prepared(home, server.programs, _free_port(), "fsync=off", *options)
+            stack.callback(_stop_if_running, made)
+            made.start()
+            return made
+
+        yield make
+
+
+def _stop_if_running(server: Server) -> None:
+    if server.is_running():
+        server.stop("immediate")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+@contextmanager
+def installed(server: Server) -> Iterator[Database]:
+    """The demo's iot_events with the listener installed, in a server of the test's own."""
+    settings = Settings(database_url=server.url(), poll_seconds=120.0, retry_seconds=0.05)
+    with connect(settings, "listener-test") as conn:
+        conn.execute(sql_text("demo.sql").encode())
+        install.apply_plan(conn, install.plan_install(conn, read_facts(conn), None))
+        register_vector(conn)
+        yield Database(settings, conn)
+
+
+@contextmanager
+def reconnected(database: Database) -> Iterator[Database]:
+    """The same database over a new connection, once it accepts one."""
+
+    def open_connection() -> psycopg.Connection[object] | None:
+        try:
+            return connect(database.settings, "listener-test")
+        except Exception:  # noqa: BLE001  whatever it is, it is tried again until the deadline
+            return None
+
+    with wait_until(open_connection) as conn:
+        yield Database(database.settings, conn)
+
+
+def test_twenty_crashes_of_the_server_in_mid_batch_lose_double_and_park_nothing(
+    make_server: MakeServer,
+) -> None:
+    """Immediate stops; more of them than an event has attempts."""
+    server = make_server()
+    embedder = TinyEmbedder()
+    with installed(server) as first:
+        first.insert(*(f"event {number}" for number in range(3000)))
+    with serving(first, embedder) as service:
+        for _ in range(20):
+            embedder.may_run.clear()
+            with reconnected(first) as database:
+                wait_until(partial(claimed, database))
+            server.stop("immediate")
+            embedder.may_run.set()
+            server.start()
+        with reconnected(first) as database:
+            wait_until(lambda: len(database.embedded()) == 3000, 60)
+            database.wait_for_rest()
+            database.assert_invariant()
+            assert database.queue() == []
+        service.stop()
+
+
+def claimed(database: Database) -> int:
+    """How many events are leased now, or that none is left to be."""
+    return int(
+        database.value(
+            "select count(*) filter (where lease is not null and due_at > now()) "
+            "+ (count(*) = 0)::int from listener.queue"
+        )
+    )
+
+
+def test_a_server_without_a_free_connection_is_waited_for(make_server: MakeServer) -> None:
+    """Also when the service loses its own connections meanwhile."""
+    server = make_server("max_connections=12", "superuser_reserved_connections=0")
+    with installed(server) as database, serving(database), ExitStack() as stack:
+        wait_until(lambda: is_asleep(database))
+        database.rows(
+            "select pg_terminate_backend(pid) from pg_stat_activity "
+            "where application_name like 'listener-w%%'"
+        )
+        assert wait_until(lambda: not connects(database, stack))
+        database.insert("no connection is free")
+        stack.close()
+
+        wait_until(database.embedded)
+
+
+def connects(database: Database, stack: ExitStack) -> bool:
+    """Take one more connection. Returns whether there was one."""
+    try:
+        stack.enter_context(psycopg.connect(database.settings.database_url))
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def test_a_statement_that_takes_too_long_costs_the_events_no_attempt(database: Database) -> None:
+    """A migration holds the vectors' table for longer than the service waits for an answer."""
+    database = database.with_settings(max_attempts=1)
+    embedder = TinyEmbedder()
+    with serving(database, embedder), database.session() as migration:
+        wait_until(lambda: is_asleep(database))
+        with migration.transaction():
+            migration.execute("lock table public.event_embeddings in share mode")
+            database.insert("during the migration")
+            # Given up once by the server, and tried again by a new session.
+            first = wait_until(lambda: writers(database))
+            wait_until(lambda: writers(database) - first, 15)
+
+        wait_until(database.embedded)
+
+    assert len(embedder.encoded) == 1
+    assert database.queue() == []
+
+
+def writers(database: Database) -> set[int]:
+    """The backends of the service that wait for a lock."""
+    rows = database.rows(
+        "select pid from pg_stat_activity where datname = current_database() "
+        "and application_name = 'listener-work' and wait_event_type = 'Lock'"
+    )
+    return {pid for (pid,) in rows}
+
+
+@pytest.mark.parametrize("table", ["listener.queue", "public.iot_events"])
+def test_a_lock_held_by_a_migration_is_waited_out(database: Database, table: str) -> None:
+    """DDL on the queue or on iot_events; then all is embedded."""
+    with serving(database), database.session() as migration:
+        wait_until(lambda: is_asleep(database))
+        database.insert("before")
+        with migration.transaction():
+            migration.execute(f"lock table {table} in access exclusive mode".encode())
+            migration.execute("notify listener")
+            migration.execute("select pg_sleep(1)")
+        database.insert("after")
+
+        wait_until(lambda: len(database.embedded()) == 2)
+        database.assert_invariant()
+
+
+def test_a_serializable_default_fails_no_claim(database: Database) -> None:
+    """A default made for the dashboard doesn't reach the service's sessions."""
+    name = database.value("select current_database()")
+    database.rows(f'alter database "{name}" set default_transaction_isolation = serializable')
+    with serving(database, TinyEmbedder()), serving(database, TinyEmbedder()):
+        for number in range(50):
+            database.insert(f"event {number}")
+            database.rows("update public.iot_events set message = message || '.' where id = 1")
+        database.wait_for_rest()
+
+    assert len(database.embedded()) == 50
+    database.assert_invariant()
+
+
+def test_a_primary_that_turned_read_only_is_waited_for(make_server: MakeServer) -> None:
+    """As during a fail-over; then the service goes on by itself."""
+    server = make_server()
+    with installed(server) as database, serving(database):
+        wait_until(lambda: is_asleep(database))
+        database.insert("while writable")
+        wait_until(database.embedded)
+        database.rows("alter system set default_transaction_read_only = on")
+        database.rows("select pg_reload_conf()")
+        database.rows("set default_transaction_read_only = off")
+        database.insert("while read-only for others")
+        wait_until(lambda: not is_asleep(database))
+        assert len(database.embedded()) == 1
+
+        database.rows("alter system reset default_transaction_read_only")
+        database.rows("select pg_reload_conf()")
+
+        wait_until(lambda: len(database.embedded()) == 2)
+
+
+def test_a_standby_is_waited_for_until_it_is_promoted(make_server: MakeServer) -> None:
+    """LISTEN raises there; after the promotion the service serves."""
+    primary = make_server("wal_level=replica")
+    with installed(primary) as database:
+        database.insert("written on the primary")
+    primary.stop()
+    standby = primary
+    signal_file = standby.home / "data" / "standby.signal"
+    signal_file.touch()
+    shutil.chown(signal_file, (standby.home / "data").owner())
+    standby.start()
+    with reconnected(database) as seen, serving(database):
+        wait_until(lambda: tried_to_register(seen))
+        assert seen.embedded() == {}
+        seen.rows("select pg_promote()")
+
+        wait_until(seen.embedded)
+
+
+def tried_to_register(database: Database) -> bool:
+    """Whether the service has a connection to this server."""
+    return bool(
+        database.value(
+            "select count(*) from pg_stat_activity where application_name like 'listener-w%%'"
+        )
+    )
+
+
+def test_an_old_open_transaction_holds_up_no_event(database: Database) -> None:
+    """A report that runs for hours sees its own snapshot; new events have their vectors."""
+    with serving(database), database.session() as report:
+        with report.transaction():
+            report.execute("set transaction isolation level repeatable read")
+            report.execute("select count(*) from public.iot_events")
+            for number in range(200):
+                database.insert(f"event {number}")
+            database.wait_for_rest()
+            assert report.execute("select 1").fetchone()
+
+        assert len(database.embedded()) == 200
