@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from listener.config import GTE_SMALL_REVISION, Settings
 from listener.embedder import SentenceTransformersEmbedder, load_embedder
 from listener.encoding import Encoder
-from listener.errors import ConfigError, EmbeddingError
+from listener.errors import ConfigError, EmbeddingError, ModelFault
 from listener.model import locate
 from tests.harness import TinyEmbedder, listener
 
@@ -170,4 +172,34 @@ def test_the_memory_of_vectors_is_bounded() -> None:
         encoder.encode([text])
 
     assert embedder.encoded == ["a", "b", "c", "b"]
+    encoder.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["pump " * 200_000, "🚰" * 5_000, "word " * 600, "\t\n ", "\u200b\u0301\ufffd"]
+)
+def test_a_text_of_any_size_and_script_gets_a_unit_vector(minilm: Path, text: str) -> None:
+    """A megabyte, all emoji, more than 512 tokens, nothing to see; alone and with a mate."""
+    encoder = Encoder(lambda: load_embedder(Settings(embedding_model=str(minilm))), cache_texts=0)
+
+    (alone,) = encoder.encode([text]).results
+    together, _ = encoder.encode([text, "mate"]).results
+
+    assert not isinstance(alone, EmbeddingError)
+    assert not isinstance(together, EmbeddingError)
+    np.testing.assert_allclose(alone, together, atol=1e-5)
+    encoder.close()
+
+
+def test_vectors_of_another_size_are_the_models_fault_not_the_events() -> None:
+    """Nothing would be parked for it."""
+
+    class Narrow(TinyEmbedder):
+        def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            return super().encode(texts)[:, :100]
+
+    encoder = Encoder(Narrow, cache_texts=0)
+
+    with pytest.raises(ModelFault, match="100"):
+        encoder.encode(["a", "b"])
     encoder.close()

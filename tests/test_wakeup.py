@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from listener.database import Connection
 from listener.wakeup import Stop, Wakeup
@@ -154,3 +154,18 @@ def test_a_thousand_inserts_at_random_phases_are_never_slept_through(database: D
         database.wait_for_rest()
 
     assert len(database.embedded()) == 1000
+
+
+def test_eight_idle_workers_and_one_insert_are_no_herd(database: Database) -> None:
+    """One is woken and encodes; the others sleep on."""
+    embedders = [TinyEmbedder() for _ in range(8)]
+    with ExitStack() as stack:
+        for embedder in embedders:
+            stack.enter_context(serving(database, embedder))
+        wait_until(lambda: is_asleep(database))
+        before = database.value("select last_value from listener.lease_token")
+        database.insert("one")
+        wait_until(lambda: database.embedded() and is_asleep(database))
+
+        assert sum(len(embedder.encoded) for embedder in embedders) == 1
+        assert database.value("select last_value from listener.lease_token") - before <= 1
