@@ -30,7 +30,7 @@ def install_command(columns: str | None, dry_run: bool) -> None:
             return
         if plan.steps:
             require_reports_dir(settings)
-            install.apply_plan(conn, plan)
+            install.apply_plan(conn, plan, say)
         after = install.verify(conn)
         _tell_install(settings, before, plan, after)
 
@@ -75,7 +75,7 @@ def uninstall_command(drop_embeddings: bool) -> None:
     with connect(settings, "listener-uninstall") as conn:
         before = read_facts(conn)
         plan = install.plan_uninstall(drop_embeddings)
-        install.apply_plan(conn, plan)
+        install.apply_plan(conn, plan, say)
         after = read_facts(conn)
     report = Report(
         "uninstall",

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-
-from psycopg import errors
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from listener.catalogue import (
     KEY_TYPES,
@@ -19,6 +17,7 @@ from listener.catalogue import (
 from listener.config import DIMENSION
 from listener.database import Connection, translated
 from listener.errors import SchemaError
+from listener.patience import patiently
 from listener.template import fill, placeholders, sql_files, sql_text
 
 _APPLIED = "select a.file, a.digest, a.columns from listener.applied a"
@@ -30,11 +29,28 @@ on conflict (file) do update set
   columns = excluded.columns,
   applied_at = now()
 """
+_EMBEDDINGS_FILE = "002_event_embeddings.sql"
 _INPUT_FILE = "003_embedding_input.sql"
 _OWNER_FILE = "006_owner.sql"
 _TRIGGERS_FILE = "007_triggers.sql"
-# A writer waits behind an install that waits for its lock, so the install gives up and comes again.
-_LOCK_TIMEOUT = "set local lock_timeout = '2s'"
+# Writers lock iot_events first and the queue second; an install in another order would end in a
+# deadlock with one that is in between. These two files lock iot_events.
+_LOCK_EVENTS = "lock table public.iot_events in share row exclusive mode"
+_LOCKING_FILES = {_EMBEDDINGS_FILE, _TRIGGERS_FILE}
+
+_MADE = re.compile(
+    r"^create (?:or replace )?(?:table|sequence|function) (?:if not exists )?([\w.]+)", re.MULTILINE
+)
+_GONE = """
+select n.name
+from unnest(%(names)s::text[]) as n (name)
+where to_regclass(n.name) is null
+  and not exists (
+    select from pg_catalog.pg_proc p
+    join pg_catalog.pg_namespace s on s.oid = p.pronamespace
+    where s.nspname || '.' || p.proname = n.name
+  )
+"""
 
 
 @dataclass(frozen=True)
@@ -138,13 +154,23 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
     values = placeholders(facts, chosen)
     steps = []
     if facts.vector_schema is None:
-        steps.append(Step("create extension", "create extension vector;"))
-    for file in sql_files():
-        text = fill(sql_text(file), values)
+        steps.append(Step("create extension", "create extension if not exists vector;"))
+    texts = {file: fill(sql_text(file), values) for file in sql_files()}
+    if not facts.triggers_right or _something_is_gone(conn, texts.values()):
+        # Whoever took that away may have altered more; and later files grant rights on what earlier
+        # ones make.
+        applied = {}
+    for file, text in texts.items():
         step = Step(file, text, chosen if file == _INPUT_FILE else None)
         if _is_needed(step, facts, applied, columns is not None, notes):
             steps.append(step)
     return Plan(tuple(steps), tuple(notes + _order_notes(facts)))
+
+
+def _something_is_gone(conn: Connection, texts: Iterable[str]) -> bool:
+    names = [name for text in texts for name in _MADE.findall(text)]
+    with translated():
+        return conn.execute(_GONE, {"names": names}).fetchone() is not None
 
 
 def _is_needed(
@@ -167,8 +193,6 @@ def _is_needed(
         if replaced and not columns_given:
             notes.append("listener.embedding_input was replaced by you; it is left as it is")
         return replaced and columns_given
-    if step.file == "002_event_embeddings.sql" and facts.embeddings_type is None:
-        return True
     return changed
 
 
@@ -214,38 +238,27 @@ def _is_text_like(column: Column) -> bool:
     )
 
 
-def apply_plan(conn: Connection, plan: Plan) -> None:
-    """Run the steps in one transaction, again if a lock on iot_events is not to be had at once.
+def apply_plan(conn: Connection, plan: Plan, tell: Callable[[str], None] = lambda _: None) -> None:
+    """Run the steps in one transaction; for a minute again, if somebody holds a lock.
 
-    Raises SchemaError if it isn't to be had at all.
+    `tell` hears who. Raises SchemaError, with nothing changed, if the lock is not to be had.
     """
-    attempts = Retrying(
-        retry=retry_if_exception_type(errors.LockNotAvailable),
-        wait=wait_random_exponential(multiplier=0.5, max=5),
-        stop=stop_after_attempt(10),
-        reraise=True,
-    )
     with translated():
-        try:
-            attempts(_apply_once, conn, plan.steps)
-        except errors.LockNotAvailable:
-            raise SchemaError(
-                "another transaction holds public.iot_events; end it, or come again later"
-            ) from None
+        patiently(conn, lambda: _apply(conn, plan.steps), tell)
 
 
-def _apply_once(conn: Connection, steps: Sequence[Step]) -> None:
-    with conn.transaction():
-        conn.execute(_LOCK_TIMEOUT)
-        for step in steps:
-            conn.execute(step.text.encode())
-            if step.file[0].isdigit() and not step.file.startswith("9"):
-                recorded = {
-                    "file": step.file,
-                    "digest": step.digest,
-                    "columns": list(step.columns) if step.columns else None,
-                }
-                conn.execute(_RECORD_APPLIED, recorded)
+def _apply(conn: Connection, steps: Sequence[Step]) -> None:
+    if any(step.file in _LOCKING_FILES for step in steps):
+        conn.execute(_LOCK_EVENTS)
+    for step in steps:
+        conn.execute(step.text.encode())
+        if step.file[0].isdigit() and not step.file.startswith("9"):
+            recorded = {
+                "file": step.file,
+                "digest": step.digest,
+                "columns": list(step.columns) if step.columns else None,
+            }
+            conn.execute(_RECORD_APPLIED, recorded)
 
 
 def verify(conn: Connection) -> Facts:

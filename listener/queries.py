@@ -34,11 +34,13 @@ select
 LISTEN = "listen listener"
 LISTEN_HELP = "listen listener_help"
 UNLISTEN_HELP = "unlisten listener_help"
-NOTIFY_HELP = "select pg_catalog.pg_notify('listener_help', '')"
 LISTEN_PROBE = "listen listener_probe"
 UNLISTEN_PROBE = "unlisten listener_probe"
-NOTIFY_PROBE = "select pg_catalog.pg_notify('listener_probe', %(token)s)"
-NOTIFY = "select pg_catalog.pg_notify('listener', '')"
+# A full NOTIFY queue would fail the statement; what a hint would have told is found by polling.
+NOTIFY = """
+select pg_catalog.pg_notify(%(channel)s, %(payload)s)
+where pg_catalog.pg_notification_queue_usage() < 0.5
+"""
 TRY_LOCK = "select pg_catalog.pg_try_advisory_lock(%(key)s)"
 UNLOCK = "select pg_catalog.pg_advisory_unlock(%(key)s)"
 

@@ -254,7 +254,7 @@ class Queue:
 
     def notify(self) -> None:
         """Wake a worker, whatever the gate says, to what was given back or put back."""
-        self._execute(queries.NOTIFY)
+        self._execute(queries.NOTIFY, channel="listener", payload="")
 
     def pending(self) -> int:
         """How many events wait, parked ones not counted."""

@@ -88,7 +88,7 @@ class Wakeup:
         token = secrets.token_hex(8)
         self._conn.execute(queries.LISTEN_PROBE)
         # From the other connection: a pooler may return a session's own NOTIFY to it.
-        work.execute(queries.NOTIFY_PROBE, {"token": token})
+        work.execute(queries.NOTIFY, {"channel": "listener_probe", "payload": token})
         arrived = any(
             note.payload == token
             for note in self._conn.notifies(timeout=_PROBE_SECONDS, stop_after=1)
@@ -150,7 +150,7 @@ class Wakeup:
     def call_help(self, work: Connection) -> None:
         """Wake the followers: there is more in the queue than one claim holds."""
         with translated():
-            work.execute(queries.NOTIFY_HELP)
+            work.execute(queries.NOTIFY, {"channel": "listener_help", "payload": ""})
 
     def _try_lead(self) -> bool:
         if self._try_lock(LEADER_KEY):

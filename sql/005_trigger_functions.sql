@@ -5,6 +5,9 @@
 -- that notifies can't share its WAL flush with others. The sleeping worker holds key @gate_key@
 -- exclusively; a writer that gets it shared has proof that no worker sleeps, and holds it until its
 -- commit is visible, so that no worker can fall asleep before having seen this commit.
+--
+-- A full NOTIFY queue refuses the commit of whoever notifies. So they are silent from half on, which
+-- leaves the rest to others; the service's poll finds the event.
 
 -- The hot path. "Do nothing" costs a third of "do update", and a row in the way can only be that
 -- of a deleted event with the same id, left there while triggers were off: it is as good, because
@@ -19,7 +22,10 @@ begin
   insert into listener.queue (event_id)
   select n.id from new_events n
   on conflict do nothing;
-  if found and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@) then
+  if found
+    and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@)
+    and pg_catalog.pg_notification_queue_usage() < 0.5
+  then
     perform pg_catalog.pg_notify('listener', '');
   end if;
   return null;
@@ -59,7 +65,10 @@ begin
     worker = null,
     attempts = 0,
     error = null;
-  if found and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@) then
+  if found
+    and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@)
+    and pg_catalog.pg_notification_queue_usage() < 0.5
+  then
     perform pg_catalog.pg_notify('listener', '');
   end if;
   return null;

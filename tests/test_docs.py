@@ -35,7 +35,7 @@ LAYERS = (
     {"config", "embedded"},
     {"logs", "model"},
     {"database"},
-    {"catalogue", "queue", "wakeup", "worker"},
+    {"catalogue", "patience", "queue", "wakeup", "worker"},
     {"backfill", "embedder", "report", "search", "status", "template"},
     {"encoding", "install"},
     {"checks", "console", "pipeline"},

@@ -354,7 +354,8 @@ def test_a_disabled_or_dropped_trigger_is_put_right_by_install(
 
     plan = install_in(database.conn)
 
-    assert [step.file for step in plan.steps] == ["007_triggers.sql"]
+    assert plan.steps[-1].file == "007_triggers.sql"
+    assert install_in(database.conn).steps == ()
 
 
 def test_rows_written_as_a_replica_are_queued(database: Database) -> None:

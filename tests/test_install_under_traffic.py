@@ -1,0 +1,263 @@
+"""install and uninstall while devices write: nobody fails, nobody waits long, nothing is lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from listener import cli, install, patience
+from listener.catalogue import read_facts
+from listener.config import Settings
+from tests.harness import Command, Database, serving, wait_until
+from tests.test_install import NewDatabase, install_in, with_events
+from tests.test_writers_are_safe import insert
+
+# The time-out of one attempt, and room for a slow machine.
+LONGEST_WAIT = "6s"
+EVENTS = (
+    "id bigint generated always as identity primary key, device_id text, event_type text, "
+    "severity text, message text, created_at timestamptz not null default now()"
+)
+
+
+@dataclass
+class Traffic:
+    """What the writers of the background have done."""
+
+    ids: list[int] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def write(self, database: Database) -> None:
+        with database.session("device") as writer:
+            writer.execute(f"set lock_timeout = '{LONGEST_WAIT}'".encode())
+            while not self.stop.is_set():
+                with writer.transaction():
+                    self.ids.append(insert(writer, f"text {len(self.ids)}"))
+                    writer.execute(
+                        "update public.iot_events set message = message || '!' where id = %s",
+                        [self.ids[-1]],
+                    )
+
+    def wait_for_more(self) -> None:
+        """Until a good many events have come from now on."""
+        goal = len(self.ids) + 50
+        wait_until(lambda: len(self.ids) > goal)
+
+
+@contextmanager
+def traffic(database: Database) -> Iterator[Traffic]:
+    """Two writers until the block ends; what they raised, the block raises."""
+    devices = Traffic()
+    with ThreadPoolExecutor(2) as threads:
+        writers = [threads.submit(devices.write, database) for _ in range(2)]
+        try:
+            devices.wait_for_more()
+            yield devices
+        finally:
+            devices.stop.set()
+    for writer in writers:
+        writer.result()
+
+
+@contextmanager
+def in_the_background(act: Callable[[], object]) -> Iterator[Future[object]]:
+    with ThreadPoolExecutor(1) as thread:
+        yield thread.submit(act)
+
+
+def is_waiting(database: Database) -> bool:
+    """Whether an installing session waits for a lock."""
+    return bool(
+        database.value(
+            "select count(*) from pg_stat_activity where datname = current_database() "
+            "and application_name = 'listener-install' and wait_event_type = 'Lock'"
+        )
+    )
+
+
+def age(database: Database) -> None:
+    """Make the installed objects those of an earlier version, as far as an install can tell."""
+    database.rows("update listener.applied set digest = 'of an earlier version'")
+    database.rows("drop index listener.queue_lane_due_at_idx")
+    database.rows("alter table public.iot_events enable trigger listener_truncated")
+    database.rows(
+        "create or replace function listener.queue_inserted() returns trigger language plpgsql "
+        "security definer set search_path = '' as $$ begin insert into listener.queue (event_id) "
+        "select id from new_events; perform pg_notify('listener', ''); return null; end $$"
+    )
+
+
+def test_an_install_under_traffic_fails_no_writer_and_misses_no_event(
+    new_database: NewDatabase,
+) -> None:
+    """What came before is swept, what comes after is queued."""
+    with new_database() as url, with_events(url, EVENTS) as database:
+        with traffic(database) as devices:
+            install_in(database.conn)
+            before = set(devices.ids)
+            devices.wait_for_more()
+        assert set(devices.ids) - before <= {row[0] for row in database.queue()}
+
+        with serving(database):
+            wait_until(lambda: set(database.embedded()) == set(devices.ids))
+            database.wait_for_rest()
+
+        database.assert_invariant()
+
+
+def test_two_installs_at_once_are_one(new_database: NewDatabase) -> None:
+    """The second waits for the first."""
+    with new_database() as url, with_events(url, EVENTS) as database:
+
+        def act(_: int) -> None:
+            with database.session("listener-install") as conn:
+                plan = install.plan_install(conn, read_facts(conn), None)
+                start.wait()
+                install.apply_plan(conn, plan)
+
+        start = threading.Barrier(2)
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(act, range(2)))
+
+        assert install_in(database.conn).steps == ()
+
+
+def test_an_install_waits_for_a_long_transaction_and_lets_others_write(
+    new_database: NewDatabase,
+) -> None:
+    """It tells who holds the lock, and ends when that one does."""
+    told: list[str] = []
+    with new_database() as url, with_events(url, EVENTS) as database:
+        plan = install.plan_install(database.conn, read_facts(database.conn), None)
+        with traffic(database) as devices, database.session("old-migration") as blocker:
+            pid = blocker.info.backend_pid
+            blocker.execute("begin")
+            insert(blocker, "never committed")
+            with in_the_background(lambda: install.apply_plan(database.conn, plan, told.append)):
+                try:
+                    wait_until(lambda: len(told) == 2)
+                    devices.wait_for_more()
+                finally:
+                    blocker.close()
+        install.verify(database.conn)
+
+    for line in told:
+        assert f"pid {pid} (old-migration, idle in transaction for" in line
+        assert "holds iot_events" in line
+
+
+def gives_up(monkeypatch: pytest.MonkeyPatch, settings: Settings, command: str) -> int:
+    """The exit code of a command that isn't patient."""
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.1)
+    # Should it wait for ever, it fails instead.
+    monkeypatch.setenv("PGOPTIONS", "-c statement_timeout=20s")
+    monkeypatch.setenv("DATABASE_URL", settings.database_url)
+    monkeypatch.setenv("REPORTS_DIR", str(settings.reports_dir))
+    monkeypatch.setattr("sys.argv", ["listener", command])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@contextmanager
+def forgotten_transaction(database: Database) -> Iterator[None]:
+    """Prepared and never ended, it holds what a writer holds."""
+    database.rows("begin")
+    database.rows("lock table public.iot_events in row exclusive mode")
+    database.rows("prepare transaction 'forgotten'")
+    try:
+        yield
+    finally:
+        database.rows("rollback prepared 'forgotten'")
+
+
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_who_never_gets_the_lock_gives_up_and_changes_nothing(
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    """Exit 3 and one line that names the holder, here a forgotten prepared transaction."""
+    age(database)
+    before = install.plan_install(database.conn, read_facts(database.conn), None)
+    with forgotten_transaction(database):
+        assert gives_up(monkeypatch, database.settings, command) == 3
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("listener: no lock within")
+    assert "transaction forgotten (prepared for" in line
+    assert "nothing was changed" in line
+    assert install.plan_install(database.conn, read_facts(database.conn), None) == before
+
+
+def test_an_upgrade_takes_its_locks_in_the_order_of_the_writers(database: Database) -> None:
+    """One that has its event but not yet its queue row gets it; in another order both deadlock."""
+    told: list[str] = []
+    age(database)
+    with (
+        database.session("device") as writer,
+        database.session("listener-install") as conn,
+    ):
+        plan = install.plan_install(conn, read_facts(conn), None)
+        writer.execute("begin")
+        # Where a long COPY is before its trigger fires.
+        writer.execute("lock table public.iot_events in row exclusive mode")
+        with in_the_background(lambda: install.apply_plan(conn, plan, told.append)):
+            wait_until(lambda: is_waiting(database))
+            insert(writer, "a")
+            writer.execute("commit")
+
+    assert told == []
+    install.verify(database.conn)
+
+
+def test_an_upgrade_with_live_workers_loses_nothing(database: Database) -> None:
+    """Every object is made again while two services claim and devices write."""
+    with serving(database), serving(database), traffic(database) as devices:
+        age(database)
+        devices.wait_for_more()
+
+        plan = install_in(database.conn)
+
+        assert {step.file for step in plan.steps} >= {
+            "001_schema.sql",
+            "005_trigger_functions.sql",
+            "007_triggers.sql",
+        }
+        devices.wait_for_more()
+        devices.stop.set()
+        wait_until(lambda: set(database.embedded()) == set(devices.ids))
+        database.wait_for_rest()
+
+    database.assert_invariant()
+    assert install_in(database.conn).steps == ()
+    assert database.value("select to_regclass('listener.queue_lane_due_at_idx')") is not None
+
+
+def test_an_uninstall_under_traffic_ends_the_service_and_no_writer(
+    database: Database, static_model: Path, spawn: Callable[..., Command]
+) -> None:
+    """The service ends with exit 3 and one clear line; devices write on."""
+    settings = replace(database.settings, embedding_model=str(static_model))
+    service = spawn(settings, "run")
+    service.wait_for("event=listening")
+    with traffic(database) as devices:
+        wait_until(database.embedded)
+
+        install.apply_plan(database.conn, install.plan_uninstall(drop_embeddings=True))
+
+        assert service.process.wait(30) == 3
+        devices.wait_for_more()
+    last = service.output().splitlines()[-1]
+    # Which of two lines it is depends on whether the loss of a table ends its session first.
+    assert last.startswith("listener: the ")
+    assert last.endswith("run `listener install`")
+    assert "Traceback" not in service.output()

@@ -1,0 +1,181 @@
+"""What the README says could fail or delay a writer does so, and its remedy is one."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from listener.database import Connection, connect, register_vector
+from listener.embedded import Server
+from listener.queue import Queue
+from listener.template import sql_text
+from tests.conftest import _programs
+from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
+from tests.test_install import install_in
+from tests.test_writers_are_safe import STRICT, UPDATE, impatient, insert, prepare
+
+SWITCH = "; ".join(
+    f"alter table public.iot_events disable trigger listener_{verb}"
+    for verb in ("inserted", "updated", "deleted", "truncated")
+)
+
+
+@STRICT
+@pytest.mark.parametrize(
+    ("statement", "step"),
+    [
+        ("update public.iot_events set message = 'new'", "claimed"),
+        ("delete from public.iot_events", "claimed"),
+        ("delete from public.iot_events", "stored"),
+    ],
+)
+def test_a_strict_writer_is_told_to_retry_what_the_service_works_on(
+    database: Database, level: str, statement: str, step: str
+) -> None:
+    """As the README says; the retry succeeds, also while the service still has the event."""
+    database.insert("old")
+    with database.session("listener-work") as work, database.session() as writer:
+        queue = Queue(work, database.settings, None)
+        writer.execute(f"begin isolation level {level}".encode())
+        writer.execute("select 1")
+        claim = queue.claim(10)
+        assert claim is not None
+        if step == "stored":
+            vectors = TinyEmbedder().encode(["old"])
+            queue.write(claim.lease, queue.read(claim), list(vectors), "model")
+
+        with pytest.raises(psycopg.errors.SerializationFailure):
+            writer.execute(statement.encode())
+
+        writer.execute("rollback")
+        writer.execute(statement.encode())
+    with serving(database):
+        database.wait_for_rest()
+    database.assert_invariant()
+
+
+def test_a_prepared_transaction_is_refused_only_where_it_had_to_notify(database: Database) -> None:
+    """While the service sleeps; never with NOTIFY=never."""
+    with serving(database):
+        wait_until(lambda: is_asleep(database))
+        with pytest.raises(psycopg.errors.FeatureNotSupported, match="cannot PREPARE"):
+            prepare(database, "refused")
+        database.rows("rollback")
+
+    with serving(database.with_settings(notify="never", poll_seconds=0.2)):
+        prepare(database, "embedded")
+        database.rows("commit prepared 'one'")
+        wait_until(database.embedded)
+
+
+@pytest.fixture
+def small_notify_queue(database: Database) -> Iterator[Database]:
+    """An installed database on a server whose NOTIFY queue is soon full."""
+    if database.conn.info.server_version < 170000:
+        pytest.skip("before PostgreSQL 17 the NOTIFY queue holds 8 GB")
+    home = Path(tempfile.mkdtemp(prefix="listener-"))
+    home.rmdir()
+    server = Server.prepared(home, _programs(), None, "fsync=off", "max_notify_queue_pages=64")
+    try:
+        server.start()
+        settings = replace(database.settings, database_url=server.url(), poll_seconds=0.5)
+        with connect(settings, "listener-test") as conn:
+            conn.execute(sql_text("demo.sql").encode())
+            install_in(conn)
+            register_vector(conn)
+            yield Database(settings, conn)
+    finally:
+        if server.is_running():
+            server.stop("immediate")
+        shutil.rmtree(home)
+
+
+def fill_notify_queue(conn: Connection) -> None:
+    for _ in range(1000):
+        conn.execute("select pg_notify('anything', repeat(random()::text, 300))")
+
+
+def test_a_full_notify_queue_refuses_no_writer(small_notify_queue: Database) -> None:
+    """The triggers are silent from half on; the sleeping service finds the event by its poll."""
+    database = small_notify_queue
+    usage = "select pg_notification_queue_usage()"
+    with serving(database), database.session() as deaf:
+        wait_until(lambda: is_asleep(database))
+        deaf.execute("listen anything")
+        deaf.execute("begin")
+        deaf.execute("select 1")
+        with pytest.raises(psycopg.errors.ProgramLimitExceeded):
+            fill_notify_queue(database.conn)
+        wait_until(lambda: is_asleep(database))
+
+        database.insert("queue is full")
+        database.rows("update public.iot_events set message = 'queue is still full'")
+
+        assert database.value(usage) > 0.9
+        wait_until(database.embedded)
+        database.wait_for_rest()
+        deaf.close()
+        wait_until(lambda: database.value(usage) < 0.5)
+
+
+@contextmanager
+def locked(database: Database) -> Iterator[None]:
+    with database.session() as migration, migration.transaction():
+        migration.execute("lock table listener.queue in access exclusive mode")
+        yield
+
+
+def damaged(statement: str) -> Callable[[Database], AbstractContextManager[None]]:
+    @contextmanager
+    def damage(database: Database) -> Iterator[None]:
+        database.rows(statement)
+        yield
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        (locked, psycopg.errors.LockNotAvailable),
+        (damaged("drop table listener.queue"), psycopg.errors.UndefinedTable),
+        (
+            damaged("revoke all on listener.queue from listener_owner"),
+            psycopg.errors.InsufficientPrivilege,
+        ),
+        (
+            damaged(
+                "create or replace function listener.queue_inserted() returns trigger "
+                "language plpgsql as $$ begin raise exception 'broken'; end $$"
+            ),
+            psycopg.errors.RaiseException,
+        ),
+    ],
+)
+def test_a_queue_out_of_order_fails_writers_until_the_triggers_are_switched_off(
+    database: Database,
+    damage: Callable[[Database], AbstractContextManager[None]],
+    error: type[psycopg.Error],
+) -> None:
+    """As the README says; install and a sweep then find what was written meanwhile."""
+    with damage(database), impatient(database) as writer:
+        with pytest.raises(error):
+            insert(writer, "refused")
+
+        writer.execute(SWITCH.encode())
+
+        written = {insert(writer, "a"), insert(writer, "b")}
+        writer.execute(UPDATE, ["c", min(written)])
+    install_in(database.conn)
+    written.add(insert(database.conn, "queued again"))
+    with serving(database, once=True) as service:
+        service.thread.join()
+    assert set(database.embedded()) == written
+    database.assert_invariant()

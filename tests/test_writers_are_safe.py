@@ -1,0 +1,233 @@
+"""The writer never fails or waits because of the service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from listener.database import Connection
+from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
+from tests.test_install import install_in
+
+INSERT = (
+    "insert into public.iot_events (device_id, event_type, severity, message) "
+    "values ('pump-1', 'status', 'info', %s) returning id"
+)
+UPDATE = "update public.iot_events set message = %s where id = %s"
+DELETE = "delete from public.iot_events where id = %s"
+
+
+def insert(conn: Connection, message: str) -> int:
+    row = conn.execute(INSERT, [message]).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+@contextmanager
+def impatient(database: Database) -> Iterator[Connection]:
+    """A writer that fails if it has to wait for a lock."""
+    with database.session() as writer:
+        writer.execute("set lock_timeout = '1s'")
+        yield writer
+
+
+# --- what the service does -----------------------------------------------------------------------
+
+
+def test_a_writer_is_not_held_up_by_a_batch_that_is_being_encoded(database: Database) -> None:
+    """Insert, update, delete and truncate of events that a worker has claimed."""
+    embedder = TinyEmbedder()
+    updated, deleted, _ = database.insert("a", "b", "c")
+    embedder.may_run.clear()
+    with serving(database, embedder), impatient(database) as writer:
+        wait_until(lambda: all(row[4] for row in database.queue()))
+
+        insert(writer, "d")
+        writer.execute(UPDATE, ["changed", updated])
+        writer.execute(DELETE, [deleted])
+        embedder.may_run.set()
+        database.wait_for_rest()
+
+        assert len(database.embedded()) == 3
+        database.assert_invariant()
+        embedder.may_run.clear()
+        insert(writer, "e")
+        wait_until(lambda: any(row[4] for row in database.queue()))
+        writer.execute("truncate public.iot_events cascade")
+
+        assert database.queue() == []
+
+
+def test_writers_of_different_events_never_wait_for_each_other(database: Database) -> None:
+    """What the triggers share between two open transactions is no lock."""
+    ids = database.insert("a", "b", "c", "d")
+    with (
+        impatient(database) as one,
+        impatient(database) as two,
+        one.transaction(),
+        two.transaction(),
+    ):
+        for writer, mine in ((one, ids[0]), (two, ids[1]), (one, ids[2]), (two, ids[3])):
+            insert(writer, "new")
+            writer.execute(UPDATE, ["changed", mine])
+        one.execute(DELETE, [ids[0]])
+        two.execute(DELETE, [ids[1]])
+
+    assert len(database.queue()) == 6
+
+
+def test_writers_that_do_not_deadlock_by_themselves_do_not_deadlock_with_us(
+    database: Database,
+) -> None:
+    """The same events in opposite order, by writers that lock them first, and a busy service."""
+    ids = database.insert(*map(str, range(20)))
+
+    def write(order: list[int]) -> None:
+        with database.session() as writer:
+            for number in range(50):
+                with writer.transaction():
+                    writer.execute("select from public.iot_events order by id for update")
+                    for event_id in order:
+                        writer.execute(UPDATE, [f"text {number}", event_id])
+
+    with serving(database.with_settings(batch_events=8)), ThreadPoolExecutor(2) as writers:
+        list(writers.map(write, (ids, ids[::-1])))
+        database.wait_for_rest()
+
+    database.assert_invariant()
+
+
+def test_a_writer_that_stays_in_its_transaction_holds_up_nobody(database: Database) -> None:
+    """Neither other writers nor the vectors of the others' events."""
+    (held,) = database.insert("held")
+    with (
+        serving(database),
+        impatient(database) as other,
+        database.session() as slow,
+        slow.transaction(force_rollback=True),
+    ):
+        database.wait_for_rest()
+        slow.execute(UPDATE, ["changed", held])
+        insert(slow, "never committed")
+        others = [insert(other, str(number)) for number in range(500)]
+
+        wait_until(lambda: set(database.embedded()) == {held, *others})
+
+
+def test_ids_that_commit_out_of_order_are_all_embedded(database: Database) -> None:
+    """And one that is rolled back is never seen."""
+    with serving(database), database.session() as slow:
+        wait_until(lambda: is_asleep(database))
+        with slow.transaction():
+            first = insert(slow, "first id, last commit")
+            with database.conn.transaction(force_rollback=True):
+                insert(database.conn, "rolled back")
+            last = insert(database.conn, "last id, first commit")
+            wait_until(lambda: set(database.embedded()) == {last})
+        wait_until(lambda: set(database.embedded()) == {first, last})
+
+    assert database.queue() == []
+
+
+def test_without_any_service_events_only_queue(database: Database) -> None:
+    """A day's outage costs the writers nothing and fills no NOTIFY queue; then all are embedded."""
+    with database.session() as writer, writer.cursor() as cursor:
+        cursor.executemany(INSERT, [(str(number % 50),) for number in range(10_000)])
+
+    assert database.value("select pg_notification_queue_usage()") == 0
+    assert database.value("select count(*) from listener.queue") == 10_000
+    with serving(database):
+        database.wait_for_rest(60)
+    assert len(database.embedded()) == 10_000
+
+
+# --- isolation levels ----------------------------------------------------------------------------
+
+STRICT = pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+
+
+@STRICT
+def test_inserts_at_a_strict_isolation_level_are_never_refused_because_of_us(
+    database: Database, level: str
+) -> None:
+    """While the service claims and acknowledges what came after their snapshots."""
+
+    def write(number: int) -> None:
+        with database.session() as writer:
+            writer.execute(f"set default_transaction_isolation = '{level}'".encode())
+            for _ in range(100):
+                with writer.transaction():
+                    writer.execute("select 1")
+                    changed = insert(writer, f"text {number}")
+                    writer.execute(UPDATE, ["changed", changed])
+
+    with serving(database), ThreadPoolExecutor(2) as writers:
+        list(writers.map(write, (1, 2)))
+        database.wait_for_rest()
+
+    assert len(database.embedded()) == 200
+    database.assert_invariant()
+
+
+def test_an_update_of_an_acknowledged_event_succeeds_at_a_strict_level(database: Database) -> None:
+    """The queue row that its snapshot shows is gone; it makes a new one."""
+    database.insert("old")
+    with serving(database), database.session() as writer, writer.transaction():
+        writer.execute("set transaction isolation level repeatable read")
+        writer.execute("select 1")
+        database.wait_for_rest()
+
+        writer.execute("update public.iot_events set message = 'new'")
+
+    assert [row[1] for row in database.queue()] == [1]
+
+
+# --- two-phase commit and partitions --------------------------------------------------------------
+
+
+def prepare(database: Database, message: str) -> None:
+    database.rows("begin")
+    insert(database.conn, message)
+    database.rows("prepare transaction 'one'")
+
+
+def test_a_transaction_prepared_before_the_service_slept_is_embedded_when_it_commits(
+    database: Database,
+) -> None:
+    """It passed the gate in silence, so the service doesn't sleep while it is prepared."""
+    prepare(database, "a")
+    with serving(database):
+        others = database.insert("b")
+        wait_until(lambda: set(database.embedded()) == set(others))
+        assert not is_asleep(database)
+
+        database.rows("commit prepared 'one'")
+
+        wait_until(lambda: len(database.embedded()) == 2)
+
+
+def test_rows_written_straight_into_a_partition_are_found_by_the_sweep(
+    database: Database,
+) -> None:
+    """A partitioned iot_events can be installed; those written by its name are queued at once."""
+    database.rows("drop table public.iot_events, public.event_embeddings cascade")
+    database.rows("drop schema listener cascade")
+    database.rows(
+        "create table public.iot_events (id bigint primary key, message text) "
+        "partition by range (id)"
+    )
+    database.rows("create table part partition of public.iot_events default")
+    install_in(database.conn)
+
+    database.rows("insert into public.iot_events values (1, 'queued'), (2, 'deleted')")
+    database.rows("insert into part values (3, 'found')")
+    assert [row[0] for row in database.queue()] == [1, 2]
+    database.rows("delete from part where id = 2")
+    with serving(database):
+        wait_until(lambda: set(database.embedded()) == {1, 3})
+        database.wait_for_rest()
+
+    database.assert_invariant()
