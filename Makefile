@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run test lint check bench clean
+MINUTES ?= 10
+
+.PHONY: help run test lint check bench soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,6 +26,12 @@ check: lint test ## what CI runs
 
 bench: $(VENV)/.dev ## the measurements, into _reports/
 	$(BIN)/python -m bench
+
+soak: $(VENV)/.dev ## load and random faults for MINUTES (10), into _reports/
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
+	$(BIN)/python -m tests.soak kills
+	$(BIN)/python -m tests.soak throughput
+	$(BIN)/pytest -m soak
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
