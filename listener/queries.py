@@ -71,24 +71,41 @@ FORGET_WORKER = "delete from listener.worker where worker = %(worker)s"
 # never answered, and go back to the place in line that they had. After a second death they go to
 # its end: at the front an innocent one would be in hand at every death that follows.
 RELEASE_DEAD = """
-with dead as (
-  delete from listener.worker w
+with dead as materialized (
+  select w.worker
+  from listener.worker w
   where w.worker <> %(worker)s
     and pg_catalog.pg_try_advisory_xact_lock(%(lock_class)s, w.worker::integer)
-  returning w.worker
-), held as materialized (
-  select q.event_id
+), theirs as materialized (
+  select q.event_id, q.worker
   from listener.queue q
   where q.lane in (0, 1)
     and q.due_at > now()
     and q.due_at < 'infinity'
     and q.worker in (select d.worker from dead d)
+), held as materialized (
+  select q.event_id
+  from listener.queue q
+  where q.event_id in (select t.event_id from theirs t)
+    and q.worker in (select d.worker from dead d)
   for update skip locked
+), released as (
+  update listener.queue q
+  set due_at = case when q.attempts > 1 then now() else q.queued_at end, worker = null
+  from held h
+  where q.event_id = h.event_id
+  returning 1
+), forgotten as (
+  -- Not while a writer holds an event of theirs: it may roll back.
+  delete from listener.worker w
+  using dead d
+  where w.worker = d.worker
+    and not exists (
+      select from theirs t
+      where t.worker = d.worker and t.event_id not in (select h.event_id from held h)
+    )
 )
-update listener.queue q
-set due_at = case when q.attempts > 1 then now() else q.queued_at end, worker = null
-from held h
-where q.event_id = h.event_id
+select count(*) from released
 """
 
 # --- queue -------------------------------------------------------------------------------------

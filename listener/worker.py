@@ -53,8 +53,9 @@ class Worker:
         """Release the events of workers whose session is gone. Returns how many."""
         with translated():
             parameters = {"lock_class": LOCK_CLASS, "worker": self.number}
-            released = self._conn.execute(queries.RELEASE_DEAD, parameters).rowcount
+            row = self._conn.execute(queries.RELEASE_DEAD, parameters).fetchone()
             if time.monotonic() >= self._next_seen:
                 self._conn.execute(queries.SEE_WORKER, {"worker": self.number})
                 self._next_seen = time.monotonic() + _SEEN_SECONDS
-        return released
+        assert row is not None  # noqa: S101  the statement has one row
+        return int(row[0])

@@ -9,9 +9,9 @@
 -- A full NOTIFY queue refuses the commit of whoever notifies. So they are silent from half on, which
 -- leaves the rest to others; the service's poll finds the event.
 
--- The hot path. "Do nothing" costs a third of "do update", and a row in the way can only be that
--- of a deleted event with the same id, left there while triggers were off: it is as good, because
--- the text is read at the claim and compared at the write.
+-- The hot path. A row in the way is that of a deleted event with the same id, left there while
+-- triggers were off. To take it over also locks it, so that no worker discards it as that of an
+-- event that isn't there, before this insert is visible.
 create or replace function listener.queue_inserted()
 returns trigger
 language plpgsql
@@ -19,9 +19,16 @@ security definer
 set search_path = ''
 as $$
 begin
-  insert into listener.queue (event_id)
+  insert into listener.queue as q (event_id)
   select n.id from new_events n
-  on conflict do nothing;
+  on conflict (event_id) do update set
+    version = q.version + 1,
+    lane = 0,
+    due_at = excluded.due_at,
+    lease = null,
+    worker = null,
+    attempts = 0,
+    error = null;
   if found
     and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@)
     and pg_catalog.pg_notification_queue_usage() < 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 
 import pytest
@@ -54,6 +55,10 @@ def claims_of_live_workers(database: Database) -> int:
 def newest_lease(database: Database) -> int:
     """The last lease that an event was given."""
     return int(database.value("select coalesce(max(lease), 0) from listener.queue"))
+
+
+def _has_newer_lease(database: Database, lease: int) -> bool:
+    return newest_lease(database) > lease
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -149,7 +154,7 @@ def test_innocent_events_survive_more_deaths_than_they_have_attempts(
         last = newest_lease(database)
         worker = start(spawn, database)
         database.insert(*(f"slow {next(numbers)}" for _ in range(100)))
-        wait_until(lambda last=last: newest_lease(database) > last)
+        wait_until(partial(_has_newer_lease, database, last))
         worker.end(signal.SIGKILL)
 
     start(spawn, database, HURRY="1")

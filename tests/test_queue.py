@@ -394,3 +394,30 @@ def test_removed_events_leave_the_queue_at_once(database: Database, removal: str
     database.rows(removal)
 
     assert database.queue() == []
+
+
+def test_an_insert_over_the_row_of_an_unseen_delete_is_neither_discarded_nor_parked(
+    database: Database, queue: Queue
+) -> None:
+    """The row is in the way of an insert that isn't committed when a worker looks at it."""
+    for parked in (False, True):
+        event_id = database.insert("first")[0]
+        if parked:
+            database.rows("update listener.queue set due_at = 'infinity', error = 'of the first'")
+        database.rows("alter table public.iot_events disable trigger all")
+        database.rows("delete from public.iot_events")
+        database.rows("alter table public.iot_events enable always trigger listener_inserted")
+        with database.session() as writer:
+            with writer.transaction():
+                writer.execute(
+                    "insert into public.iot_events (id, device_id, event_type, severity, message) "
+                    "overriding system value values (%s, 'd', 't', 's', 'second')",
+                    [event_id],
+                )
+                claim = queue.claim(10)
+                assert claim is None or queue.read(claim) == []
+            claim = claimed(queue)
+            (event,) = queue.read(claim)
+
+        assert event.text.endswith("second")
+        database.rows("delete from listener.queue")
