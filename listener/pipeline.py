@@ -21,6 +21,8 @@ _AHEAD = 2
 # A batch this long keeps a new event's wait behind a backfill, and a stop, well under a second.
 _BATCH_SECONDS = 0.5
 _SMALLEST_BATCH, _FIRST_BATCH = 16, 64
+# Commits don't wait for the disk; a crash of the server may undo those of its last moments.
+_UNDONE_SECONDS = 2.0
 # While the model runs, a stop is noticed this soon.
 _LOOK_UP_SECONDS = 0.1
 
@@ -48,8 +50,8 @@ class Pipeline:
     ) -> None:
         """When `stop` is set, the batch in hand is finished and the next given back.
 
-        `in_hand` has the claims, by lease, that are neither written nor given back; after a lost
-        connection the caller finds them there.
+        `in_hand` has the claims, by lease, that are not known to be written or given back for good;
+        after a lost connection the caller finds them there.
         """
         self._settings = settings
         self._in_hand = in_hand
@@ -58,6 +60,7 @@ class Pipeline:
         self._stop = stop
         self._batch_events = min(_FIRST_BATCH, settings.batch_events)
         self._finished = 0.0
+        self._written: deque[tuple[float, int]] = deque()
 
     def drain(self, on_first_claim: Callable[[bool], None], on_batch: Callable[[], object]) -> int:
         """Claim, encode and write until nothing more is due. Returns how many were claimed.
@@ -143,8 +146,10 @@ class Pipeline:
             )
         )
         failed = self._fail(batch, encoded)
-        self._in_hand.pop(batch.claim.lease, None)
         now = time.monotonic()
+        self._written.append((now, batch.claim.lease))
+        while now - self._written[0][0] > _UNDONE_SECONDS:
+            self._in_hand.pop(self._written.popleft()[1], None)
         # Its predecessor's encode is not its own time.
         seconds = now - max(batch.submitted, self._finished)
         self._finished = now

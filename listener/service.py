@@ -22,8 +22,8 @@ from listener.worker import Worker
 
 # Within the time limit of a statement even where reading an event takes milliseconds.
 _SWEEP_PAGE = 500
-# Dead peers are looked for this often: twice a second would be felt, ten seconds is too long.
-_BEAT_SECONDS = 1.5
+# Dead peers are looked for this often: more would be felt by an idle server.
+_BEAT_SECONDS = 1.2
 
 
 class Service:
@@ -167,7 +167,8 @@ class _Session:
         """Sleep in beats. Returns whether there is reason to look at the queue."""
         deadline = time.monotonic() + min(seconds, self._seconds_to_sweep())
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
-            if self._wakeup.sleep(min(left, _BEAT_SECONDS)):
+            to_beat = max(self._next_beat - time.monotonic(), 0.0)
+            if self._wakeup.sleep(min(left, to_beat)):
                 return True
             if self._beat():
                 return True

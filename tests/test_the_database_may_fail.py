@@ -86,7 +86,7 @@ def test_twenty_crashes_of_the_server_in_mid_batch_lose_double_and_park_nothing(
     embedder = TinyEmbedder()
     with installed(server) as first:
         first.insert(*(f"event {number}" for number in range(3000)))
-    with serving(first, embedder) as service:
+    with serving(first.with_settings(max_attempts=3), embedder) as service:
         for _ in range(20):
             embedder.may_run.clear()
             with reconnected(first) as database:

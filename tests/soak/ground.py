@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from listener.database import connect
 from listener.embedded import Server, binaries
 from listener.errors import ConfigError
 from listener.model import locate
-from tests.proxy import Proxy
 from tests.soak import schema
 
 Connection = psycopg.Connection[Any]
@@ -157,26 +156,3 @@ def _free_port() -> int:
                 continue
             return port
     raise ConfigError("no free port between 20000 and 32000")
-
-
-@contextmanager
-def steady_proxy(target_port: int) -> Iterator[Proxy]:
-    """A proxy that outlives its server: a client that comes while it is away is turned away."""
-    over = threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        proxy = Proxy(target_port, port=listening.getsockname()[1])
-
-        def serve() -> None:
-            while not over.is_set():
-                # Proxy.serve ends with the first connection that the server refuses.
-                with suppress(OSError):
-                    proxy.serve(listening)
-
-        thread = threading.Thread(target=serve, name="proxy")
-        thread.start()
-        try:
-            yield proxy
-        finally:
-            over.set()
-            proxy.close()
-            thread.join()

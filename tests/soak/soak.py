@@ -15,7 +15,7 @@ from tests.soak.background import Background
 from tests.soak.chaos import Chaos
 from tests.soak.checker import Checker
 from tests.soak.faults import LEASE_SECONDS
-from tests.soak.ground import Ground, dice, prepared_ground, steady_proxy
+from tests.soak.ground import Ground, dice, prepared_ground
 from tests.soak.scene import Scene
 from tests.soak.watcher import Watcher
 from tests.soak.workers import Settings, Workers
@@ -84,7 +84,7 @@ def run_soak(plan: Plan) -> Iterator[Soak]:
         say("starting the server and the workers")
         ground = stack.enter_context(prepared_ground())
         assert ground.cluster.server.port is not None
-        proxy = stack.enter_context(steady_proxy(ground.cluster.server.port))
+        proxy = stack.enter_context(proxied(ground.cluster.server.port))
         urls = [ground.url, ground.url, ground.tcp_url(proxy.port)]
         settings = Settings(lease_seconds=LEASE_SECONDS)
         workers = Workers(ground.cluster.folder, urls, ground.model, settings)
