@@ -11,6 +11,7 @@ import psycopg
 
 from bench.machine import describe_machine
 from bench.progress import say
+from tests.proxy import proxied
 from tests.soak.background import Background
 from tests.soak.chaos import Chaos
 from tests.soak.checker import Checker
