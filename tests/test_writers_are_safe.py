@@ -160,9 +160,9 @@ def test_inserts_at_a_strict_isolation_level_are_never_refused_because_of_us(
             writer.execute(f"set default_transaction_isolation = '{level}'".encode())
             for _ in range(100):
                 with writer.transaction():
+                    # No read of iot_events: at serializable those fail each other without us, too.
                     writer.execute("select 1")
-                    changed = insert(writer, f"text {number}")
-                    writer.execute(UPDATE, ["changed", changed])
+                    insert(writer, f"text {number}")
 
     with serving(database), ThreadPoolExecutor(2) as writers:
         list(writers.map(write, (1, 2)))
