@@ -53,13 +53,17 @@ def install_listener(url: str, columns: Sequence[str] | None = None) -> None:
 
 
 @contextmanager
-def running_cluster() -> Iterator[Cluster]:
-    """Start a server of default settings; stopped and removed when the block ends, however."""
+def running_cluster(*options: str, port: int | None = None) -> Iterator[Cluster]:
+    """Start a server; stopped and removed when the block ends, however.
+
+    Of default settings but for `options`, name=value; with a `port` it listens on the loopback.
+    """
     folder = Path(tempfile.mkdtemp(prefix="listener-bench-"))
     try:
         # For root the server runs under another account, which must get through to its home.
         folder.chmod(0o755)
-        server = Server.prepared(folder / "server", binaries(), None, "max_connections=100")
+        options = ("max_connections=100", *options)
+        server = Server.prepared(folder / "server", binaries(), port, *options)
         try:
             server.start()
             yield Cluster(server, folder)

@@ -99,9 +99,13 @@ class Pipeline:
 
     def give_back(self) -> None:
         """Release all that is in hand, from this session or from one before."""
-        for lease, event_ids in list(self._in_hand.items()):
-            self._queue.release(lease, event_ids)
-            del self._in_hand[lease]
+        for lease in list(self._in_hand):
+            self._give_back_claim(lease)
+
+    def _give_back_claim(self, lease: int) -> None:
+        self._queue.release(lease, self._in_hand[lease])
+        # Only now: if the connection breaks meanwhile, it is still in hand.
+        del self._in_hand[lease]
 
     def _submit(self, claim: Claim) -> Batch:
         self._in_hand[claim.lease] = claim.event_ids
@@ -115,9 +119,7 @@ class Pipeline:
         while not wait([batches[0].encoding], timeout=_LOOK_UP_SECONDS).done:
             if self._stop.is_set():
                 self._give_back_unstarted(batches)
-            if time.monotonic() - max(batches[0].submitted, self._finished) > (
-                self._settings.encode_seconds
-            ):
+            if self._seconds_in_hand(batches[0]) > self._settings.encode_seconds:
                 self._give_back_unstarted(batches)
                 raise EncodeHung(
                     f"the model has not returned for {self._settings.encode_seconds:.0f} s with "
@@ -146,13 +148,11 @@ class Pipeline:
             )
         )
         failed = self._fail(batch, encoded)
-        now = time.monotonic()
-        self._written.append((now, batch.claim.lease))
-        while now - self._written[0][0] > _UNDONE_SECONDS:
+        seconds = self._seconds_in_hand(batch)
+        self._finished = time.monotonic()
+        self._written.append((self._finished, batch.claim.lease))
+        while self._finished - self._written[0][0] > _UNDONE_SECONDS:
             self._in_hand.pop(self._written.popleft()[1], None)
-        # Its predecessor's encode is not its own time.
-        seconds = now - max(batch.submitted, self._finished)
-        self._finished = now
         self._adapt(len(batch.events), seconds)
         log(
             logging.INFO,
@@ -164,6 +164,10 @@ class Pipeline:
             outdated=len(good) - stored,
             seconds=seconds,
         )
+
+    def _seconds_in_hand(self, batch: Batch) -> float:
+        """How long so far; its predecessor's encode is not its own time."""
+        return time.monotonic() - max(batch.submitted, self._finished)
 
     def _fail(self, batch: Batch, encoded: Encoded) -> int:
         lease = batch.claim.lease
@@ -177,8 +181,7 @@ class Pipeline:
         """Release the claims, but the first, whose encode hasn't begun."""
         for batch in list(batches)[1:]:
             if batch.encoding.cancel():
-                self._queue.release(batch.claim.lease, batch.claim.event_ids)
-                del self._in_hand[batch.claim.lease]
+                self._give_back_claim(batch.claim.lease)
                 batches.remove(batch)
                 self._queue.notify()
 

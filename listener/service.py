@@ -100,11 +100,9 @@ def _open_session(
         else:
             # Behind a transaction pooler a statement prepared on one server is unknown to the next.
             work.prepare_threshold = None
-        queue = Queue(work, settings, worker.number if worker else None)
-        pipeline = Pipeline(settings, queue, encoder, stop, in_hand)
-        # What the lost connection left behind: nobody died of it, so no attempt is counted.
-        pipeline.give_back()
-        yield _Session(settings, encoder, stop, wakeup, worker, work, queue, pipeline)
+        session = _Session(settings, encoder, stop, wakeup, worker, work, in_hand)
+        session.give_back()
+        yield session
 
 
 class _Session:
@@ -118,8 +116,7 @@ class _Session:
         wakeup: Wakeup,
         worker: Worker | None,
         work: Connection,
-        queue: Queue,
-        pipeline: Pipeline,
+        in_hand: dict[int, list[EventId]],
     ) -> None:
         self._stop = stop
         self._wakeup = wakeup
@@ -127,12 +124,16 @@ class _Session:
         self._encoder = encoder
         self._worker = worker
         self._work = work
-        self._queue = queue
-        self._pipeline = pipeline
+        self._queue = Queue(work, settings, worker.number if worker else None)
+        self._pipeline = Pipeline(settings, self._queue, encoder, stop, in_hand)
         self._next_beat = time.monotonic()
         self._sweep_from: str | None = None
         self._sweep_left = settings.backfill_last_n
         self._next_sweep = time.monotonic() if settings.backfill_last_n else float("inf")
+
+    def give_back(self) -> None:
+        """What the lost connection left behind: nobody died of it, so no attempt is counted."""
+        self._pipeline.give_back()
 
     def serve(self) -> None:
         log(logging.INFO, "listening", model=self._encoder.fingerprint)

@@ -7,24 +7,20 @@ import itertools
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from listener import install
-from listener.catalogue import read_facts
 from listener.config import GTE_SMALL_REVISION, Settings
 from listener.database import connect
 from listener.embedded import Server, binaries
-from listener.template import sql_text
-from tests.harness import Command, Database, environment
+from tests.harness import Command, Database, environment, free_port, install_demo
 
 _DATASET = Path(__file__).parents[2] / "shared" / "data" / "device_events.csv"
 
@@ -50,17 +46,35 @@ def server() -> Iterator[Server]:
     """An ephemeral server on a free port, without fsync: what dies here is the process."""
     # Not pytest's own directory, which is closed to the account that the server runs under.
     home = Path(tempfile.mkdtemp(prefix="listener-"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     options = ("fsync=off", "max_connections=100", "max_prepared_transactions=5")
     home.rmdir()
-    running = Server.prepared(home, _programs(), port, *options)
+    running = Server.prepared(home, _programs(), free_port(), *options)
     running.start()
     yield running
-    if running.is_running():
-        running.stop("immediate")
+    _stop_if_running(running)
     shutil.rmtree(home)
+
+
+@pytest.fixture
+def make_server(server: Server) -> Iterator[Callable[..., Server]]:
+    """Servers of the test's own, to be broken; options as `-c` settings."""
+    with ExitStack() as stack:
+
+        def make(*options: str) -> Server:
+            home = Path(tempfile.mkdtemp(prefix="listener-"))
+            stack.callback(shutil.rmtree, home)
+            home.rmdir()
+            made = Server.prepared(home, server.programs, free_port(), "fsync=off", *options)
+            stack.callback(_stop_if_running, made)
+            made.start()
+            return made
+
+        yield make
+
+
+def _stop_if_running(server: Server) -> None:
+    if server.is_running():
+        server.stop("immediate")
 
 
 def create_database(server: Server, name: str, template: str = "template1") -> str:
@@ -75,8 +89,7 @@ def template(server: Server) -> str:
     """A database with the demo's iot_events and the listener installed."""
     url = create_database(server, "installed")
     with connect(Settings(database_url=url), "listener-test") as conn:
-        conn.execute(sql_text("demo.sql").encode())
-        install.apply_plan(conn, install.plan_install(conn, read_facts(conn), None))
+        install_demo(conn)
     return "installed"
 
 

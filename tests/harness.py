@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,13 +20,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from listener import install
+from listener.catalogue import read_facts
 from listener.config import Settings
-from listener.database import Connection, connect
+from listener.database import Connection, connect, register_vector
 from listener.encoding import Encoder
 from listener.service import Service
+from listener.template import sql_text
 from listener.wakeup import Stop
 
 DEADLINE_SECONDS = 20.0
+
+
+def free_port() -> int:
+    """Below those that the kernel gives to clients, one of which could take it in a restart."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no free port between 20000 and 32000")
+
+
+def install_demo(conn: Connection) -> None:
+    """The demo's iot_events with the listener installed, and the vector type known."""
+    conn.execute(sql_text("demo.sql").encode())
+    install.apply_plan(conn, install.plan_install(conn, read_facts(conn), None))
+    register_vector(conn)
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:
@@ -110,6 +134,15 @@ class Database:
         return self.rows(
             "select event_id, version, lane, attempts, lease is not null, due_at = 'infinity', "
             "error from listener.queue order by event_id"
+        )
+
+    def leased(self) -> int:
+        """How many events are in a claim that holds."""
+        return int(
+            self.value(
+                "select count(*) from listener.queue "
+                "where lease is not null and due_at > now() and due_at < 'infinity'"
+            )
         )
 
     def is_at_rest(self) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from listener.embedded import Server
-from tests.harness import Database, TinyEmbedder, listener, serving, wait_until
+from tests.harness import Database, TinyEmbedder, free_port, listener, serving, wait_until
 
 # Debian puts it where only administrators look.
 _PROGRAM = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -23,9 +23,7 @@ pytestmark = pytest.mark.skipif(_PROGRAM is None, reason="no pgbouncer on this m
 @pytest.fixture
 def pooled(server: Server, database: Database, tmp_path: Path) -> Iterator[Database]:
     """The database as a real PgBouncer in transaction mode shows it, on two connections."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ini, users = tmp_path / "pgbouncer.ini", tmp_path / "users.txt"
     users.write_text('"postgres" ""\n')
     ini.write_text(

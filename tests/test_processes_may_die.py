@@ -30,6 +30,15 @@ def start(spawn: Spawn, database: Database, **variables: str) -> Command:
     )
 
 
+def start_with_claim(spawn: Spawn, database: Database) -> Command:
+    """A worker that has just claimed the only event and encodes it for two seconds."""
+    worker = start(spawn, database)
+    worker.wait_for("event=listening")
+    database.insert("slow")
+    wait_until(lambda: database.leased() == 1)
+    return worker
+
+
 def keep_running(spawn: Spawn, database: Database, **variables: str) -> Callable[[], int]:
     """Start the worker again whenever it has ended, as systemd does. Tells how often it ended."""
     workers = [start(spawn, database, **variables)]
@@ -40,16 +49,6 @@ def keep_running(spawn: Spawn, database: Database, **variables: str) -> Callable
         return len(workers) - 1
 
     return look
-
-
-def claims_of_live_workers(database: Database) -> int:
-    """How many events are leased."""
-    return int(
-        database.value(
-            "select count(*) from listener.queue where lease is not null and due_at > now() "
-            "and due_at < 'infinity'"
-        )
-    )
 
 
 def newest_lease(database: Database) -> int:
@@ -85,10 +84,7 @@ def test_a_peer_takes_over_from_a_killed_worker_long_before_the_lease_ends(
 ) -> None:
     """With a lease of minutes and a poll of minutes."""
     database = database.with_settings(lease_seconds=300.0)
-    victim = start(spawn, database)
-    victim.wait_for("event=listening")
-    database.insert("slow")
-    wait_until(lambda: claims_of_live_workers(database) == 1)
+    victim = start_with_claim(spawn, database)
     start(spawn, database).wait_for("event=listening")
 
     victim.end(signal.SIGKILL)
@@ -102,16 +98,13 @@ def test_a_stopped_worker_keeps_its_claim_until_the_lease_ends_and_is_fenced_aft
 ) -> None:
     """SIGSTOP, and SIGCONT when a peer has the event: what the zombie writes counts for nothing."""
     database = database.with_settings(lease_seconds=4.0)
-    zombie = start(spawn, database)
-    zombie.wait_for("event=listening")
-    event_id = database.insert("slow")[0]
-    wait_until(lambda: claims_of_live_workers(database) == 1)
+    zombie = start_with_claim(spawn, database)
     first_lease = newest_lease(database)
     zombie.process.send_signal(signal.SIGSTOP)
     start(spawn, database).wait_for("event=listening")
 
     wait_until(lambda: newest_lease(database) > first_lease)
-    database.rows("update public.iot_events set message = 'another' where id = %s", event_id)
+    database.rows("update public.iot_events set message = 'another'")
     database.wait_for_rest()
     written = database.rows("select xmin from public.event_embeddings")
     zombie.process.send_signal(signal.SIGCONT)

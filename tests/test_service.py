@@ -216,11 +216,11 @@ def test_an_event_that_a_writer_holds_is_embedded_soon_after_it_lets_go(database
     with serving(database, embedder), database.session() as writer:
         embedder.may_run.clear()
         database.insert("held")
-        wait_until(lambda: claimed(database) == 1)
+        wait_until(lambda: database.leased() == 1)
         with writer.transaction():
             writer.execute("select from public.iot_events for update")
             embedder.may_run.set()
-            wait_until(lambda: claimed(database) == 0)
+            wait_until(lambda: database.leased() == 0)
 
         wait_until(database.embedded, 5.0)
 
@@ -238,7 +238,7 @@ def test_events_given_back_by_a_stop_wake_a_sleeping_peer(database: Database) ->
             going.may_run.clear()
             staying.may_run.clear()
             database.insert("a", "b", "c", "d", "e")
-            wait_until(lambda: claimed(database) == 4)
+            wait_until(lambda: database.leased() == 4)
             staying.may_run.set()
             wait_until(lambda: len(database.embedded()) == 3 and is_asleep(database))
             worker.stop_signal.set()
@@ -246,8 +246,3 @@ def test_events_given_back_by_a_stop_wake_a_sleeping_peer(database: Database) ->
             wait_until(lambda: len(database.embedded()) == 4, 10.0)
 
     assert len(database.embedded()) == 5
-
-
-def claimed(database: Database) -> int:
-    """How many events are leased."""
-    return int(database.value("select count(*) from listener.queue where lease is not null"))

@@ -3,54 +3,19 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 
 import psycopg
 import pytest
 
-from listener import install
-from listener.catalogue import read_facts
 from listener.config import Settings
-from listener.database import connect, register_vector
+from listener.database import connect
 from listener.embedded import Server
-from listener.template import sql_text
-from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
+from tests.harness import Database, TinyEmbedder, install_demo, is_asleep, serving, wait_until
 
 MakeServer = Callable[..., Server]
-
-
-@pytest.fixture
-def make_server(server: Server) -> Iterator[MakeServer]:
-    """Servers of the test's own, to be broken; options as `-c` settings."""
-    with ExitStack() as stack:
-
-        def make(*options: str) -> Server:
-            home = Path(tempfile.mkdtemp(prefix="listener-"))
-            stack.callback(shutil.rmtree, home)
-            home.rmdir()
-            made = Server.prepared(home, server.programs, _free_port(), "fsync=off", *options)
-            stack.callback(_stop_if_running, made)
-            made.start()
-            return made
-
-        yield make
-
-
-def _stop_if_running(server: Server) -> None:
-    if server.is_running():
-        server.stop("immediate")
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 @contextmanager
@@ -58,9 +23,7 @@ def installed(server: Server) -> Iterator[Database]:
     """The demo's iot_events with the listener installed, in a server of the test's own."""
     settings = Settings(database_url=server.url(), poll_seconds=120.0, retry_seconds=0.05)
     with connect(settings, "listener-test") as conn:
-        conn.execute(sql_text("demo.sql").encode())
-        install.apply_plan(conn, install.plan_install(conn, read_facts(conn), None))
-        register_vector(conn)
+        install_demo(conn)
         yield Database(settings, conn)
 
 

@@ -100,21 +100,27 @@ def test_either_connection_alone_in_a_black_hole_is_noticed(
         assert time.monotonic() - fell < _NOTICED_SECONDS
 
 
+def swallow_first_reply(proxy: Proxy, statement: bytes) -> list[bool]:
+    """Cut the link at the first answer to a statement with these words. Filled once it happened."""
+    cut: list[bool] = []
+
+    def is_first(data: bytes) -> bool:
+        if statement in data and not cut:
+            cut.append(True)
+            return True
+        return False
+
+    proxy.swallow_reply_to = is_first
+    return cut
+
+
 def test_a_lost_reply_to_the_write_loses_and_doubles_nothing(
     server: Server, database: Database
 ) -> None:
     """The commit happened, its reply didn't arrive: the event is stored once and acknowledged."""
     embedder = TinyEmbedder()
     with served_through(server, database, embedder) as proxy:
-        cut: list[bool] = []
-
-        def is_write(data: bytes) -> bool:
-            if b"done as" in data and not cut:
-                cut.append(True)
-                return True
-            return False
-
-        proxy.swallow_reply_to = is_write
+        cut = swallow_first_reply(proxy, b"done as")
         database.insert("reply lost")
         wait_until(lambda: cut and database.is_at_rest() and database.embedded())
         database.insert("next")
@@ -127,15 +133,7 @@ def test_a_lost_reply_to_the_write_loses_and_doubles_nothing(
 def test_a_lost_reply_to_the_claim_costs_no_event(server: Server, database: Database) -> None:
     """The service doesn't know that it holds a lease; its former session's death frees it."""
     with served_through(server, database) as proxy:
-        cut: list[bool] = []
-
-        def is_claim(data: bytes) -> bool:
-            if b"live as materialized" in data and not cut:
-                cut.append(True)
-                return True
-            return False
-
-        proxy.swallow_reply_to = is_claim
+        cut = swallow_first_reply(proxy, b"live as materialized")
         database.insert("claimed by nobody")
         wait_until(lambda: cut and database.embedded())
 

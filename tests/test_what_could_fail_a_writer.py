@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import psycopg
 import pytest
 
-from listener.database import Connection, connect, register_vector
+from listener.database import Connection, connect
 from listener.embedded import Server
 from listener.queue import Queue
-from listener.template import sql_text
-from tests.conftest import _programs
-from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
+from tests.harness import Database, TinyEmbedder, install_demo, is_asleep, serving, wait_until
 from tests.test_install import install_in
 from tests.test_writers_are_safe import STRICT, UPDATE, impatient, insert, prepare
 
@@ -76,25 +71,17 @@ def test_a_prepared_transaction_is_refused_only_where_it_had_to_notify(database:
 
 
 @pytest.fixture
-def small_notify_queue(database: Database) -> Iterator[Database]:
+def small_notify_queue(
+    database: Database, make_server: Callable[..., Server]
+) -> Iterator[Database]:
     """An installed database on a server whose NOTIFY queue is soon full."""
     if database.conn.info.server_version < 170000:
         pytest.skip("before PostgreSQL 17 the NOTIFY queue holds 8 GB")
-    home = Path(tempfile.mkdtemp(prefix="listener-"))
-    home.rmdir()
-    server = Server.prepared(home, _programs(), None, "fsync=off", "max_notify_queue_pages=64")
-    try:
-        server.start()
-        settings = replace(database.settings, database_url=server.url(), poll_seconds=0.5)
-        with connect(settings, "listener-test") as conn:
-            conn.execute(sql_text("demo.sql").encode())
-            install_in(conn)
-            register_vector(conn)
-            yield Database(settings, conn)
-    finally:
-        if server.is_running():
-            server.stop("immediate")
-        shutil.rmtree(home)
+    server = make_server("max_notify_queue_pages=64")
+    settings = replace(database.settings, database_url=server.url(), poll_seconds=0.5)
+    with connect(settings, "listener-test") as conn:
+        install_demo(conn)
+        yield Database(settings, conn)
 
 
 def fill_notify_queue(conn: Connection) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
-import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,13 +13,13 @@ from typing import Any
 
 import psycopg
 
-from bench.cluster import Cluster, install_listener
+from bench.cluster import Cluster, install_listener, running_cluster
 from bench.models import static
 from listener.config import Settings
 from listener.database import connect
-from listener.embedded import Server, binaries
 from listener.errors import ConfigError
 from listener.model import locate
+from tests.harness import free_port
 from tests.soak import schema
 
 Connection = psycopg.Connection[Any]
@@ -114,21 +111,9 @@ def prepared_ground(model: Path | None = None) -> Iterator[Ground]:
 
     Without a `model`, one that costs next to nothing. fsync is off: what dies is the process.
     """
-    folder = Path(tempfile.mkdtemp(prefix="listener-soak-"))
-    try:
-        # For root the server runs under another account, which must get through to its home.
-        folder.chmod(0o755)
-        options = ("fsync=off", f"max_connections={MAX_CONNECTIONS}", "shared_buffers=256MB")
-        server = Server.prepared(folder / "server", binaries(), _free_port(), *options)
-        server.start()
-        try:
-            chosen = model or static(folder)
-            yield installed(Cluster(server, folder), chosen)
-        finally:
-            if server.is_running():
-                server.stop("immediate")
-    finally:
-        shutil.rmtree(folder)
+    options = ("fsync=off", f"max_connections={MAX_CONNECTIONS}", "shared_buffers=256MB")
+    with running_cluster(*options, port=free_port()) as cluster:
+        yield installed(cluster, model or static(cluster.folder))
 
 
 def installed(cluster: Cluster, model: Path) -> Ground:
@@ -144,15 +129,3 @@ def installed(cluster: Cluster, model: Path) -> Ground:
             conn.execute(statement)
     fingerprint = locate(Settings(embedding_model=str(model))).fingerprint
     return Ground(cluster, url, model, fingerprint)
-
-
-def _free_port() -> int:
-    """Below those that the kernel gives to clients, one of which could take it in a restart."""
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
-        with socket.socket() as free:
-            try:
-                free.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise ConfigError("no free port between 20000 and 32000")
