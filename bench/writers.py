@@ -62,7 +62,7 @@ def _install_plain(url: str) -> None:
         conn.execute(plain_recipe.SCHEMA.encode())
 
 
-_OURS = "public.iot_events, public.event_embeddings, listener.queue"
+_OURS = "public.iot_events, public.event_embeddings, listener.change, listener.queue"
 _THEIRS = "public.iot_events, public.event_embeddings"
 _VARIANTS = (
     Variant(_NOTHING, "writers_nothing", _install_nothing, "public.iot_events"),

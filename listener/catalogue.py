@@ -160,8 +160,7 @@ class Facts:
     def triggers_right(self) -> bool:
         """Whether all triggers are there, enabled always, on the right functions."""
         return self.triggers == {
-            f"listener_{verb}": f"A listener.queue_{verb}"
-            for verb in ("inserted", "updated", "deleted", "truncated")
+            f"listener_{verb}": f"A listener.queue_{verb}" for verb in ("inserted", "updated")
         }
 
 

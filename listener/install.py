@@ -33,13 +33,14 @@ _EMBEDDINGS_FILE = "002_event_embeddings.sql"
 _INPUT_FILE = "003_embedding_input.sql"
 _OWNER_FILE = "006_owner.sql"
 _TRIGGERS_FILE = "007_triggers.sql"
-# Writers lock iot_events first and the queue second; an install in another order would end in a
-# deadlock with one that is in between. These two files lock iot_events.
+# Writers lock iot_events first and listener.change second; an install in another order would end in
+# a deadlock with one that is in between. These two files lock iot_events.
 _LOCK_EVENTS = "lock table public.iot_events in share row exclusive mode"
 _LOCKING_FILES = {_EMBEDDINGS_FILE, _TRIGGERS_FILE}
 
 _MADE = re.compile(
-    r"^create (?:or replace )?(?:table|sequence|function) (?:if not exists )?([\w.]+)", re.MULTILINE
+    r"^create (?:or replace )?(?:table|view|sequence|function) (?:if not exists )?([\w.]+)",
+    re.MULTILINE,
 )
 _GONE = """
 select n.name

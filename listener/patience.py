@@ -49,6 +49,7 @@ where l.locktype = 'relation'
   and l.relation in (
     to_regclass('public.iot_events'),
     to_regclass('public.event_embeddings'),
+    to_regclass('listener.change'),
     to_regclass('listener.queue'),
     to_regclass('listener.worker'),
     to_regclass('listener.applied')

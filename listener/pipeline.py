@@ -77,11 +77,10 @@ class Pipeline:
                     claim = self._queue.claim(self._batch_events)
                     if claim is None:
                         break
-                    is_full = len(claim.event_ids) >= self._batch_events
                     if claimed == 0:
-                        on_first_claim(is_full)
+                        on_first_claim(claim.is_full)
                     claimed += len(claim.event_ids)
-                    more = is_full or claim.retried
+                    more = claim.is_full or claim.retried
                     # One that kills the process shall not cost another an attempt.
                     ahead = 1 if claim.retried else _AHEAD
                     batches.append(self._submit(claim))

@@ -44,8 +44,8 @@ where pg_catalog.pg_notification_queue_usage() < 0.5
 TRY_LOCK = "select pg_catalog.pg_try_advisory_lock(%(key)s)"
 UNLOCK = "select pg_catalog.pg_advisory_unlock(%(key)s)"
 
-# After a failure, because a lease ended, or because a writer held it. New events are not looked
-# for: their writers wake us.
+# After a failure, because a lease ended, or because a writer held the event. New events are not
+# looked for: their writers wake us.
 IS_OVERDUE = """
 select exists (
   select from listener.queue q
@@ -96,7 +96,7 @@ with dead as materialized (
   where q.event_id = h.event_id
   returning 1
 ), forgotten as (
-  -- Not while a writer holds an event of theirs: it may roll back.
+  -- Not while a peer takes over an event of theirs: it may yet fail.
   delete from listener.worker w
   using dead d
   where w.worker = d.worker
@@ -110,9 +110,54 @@ select count(*) from released
 
 # --- queue -------------------------------------------------------------------------------------
 
-# Lease up to `events` due events, live before backfill. Events whose worker died are kept apart:
-# the first time a sixteenth of a batch, later alone, so that one that kills the process is found
-# while its mates finish; after the last attempt they are parked here.
+# Take up to `events` changes into the queue, leased at once. From `position` on, because what was
+# deleted before it and is not vacuumed yet would be read again by every claim. A row that the queue
+# has already starts anew; whoever held it is fenced out by the new lease and version. In the order
+# of the key, so that two workers that take changes of the same events can't deadlock.
+TAKE = """
+with taken as (
+  delete from listener.change c
+  where c.ctid = any(array(
+    select f.ctid
+    from listener.change f
+    where f.ctid >= %(position)s::tid
+    limit %(events)s
+    for update skip locked
+  ))
+  returning c.event_id, c.changed_at, c.ctid as place
+), token as materialized (
+  select nextval('listener.lease_token') as lease where exists (select from taken)
+)
+insert into listener.queue as q (event_id, queued_at, due_at, lease, worker, attempts)
+select
+  t.event_id,
+  min(t.changed_at),
+  now() + %(lease_seconds)s * interval '1 second',
+  k.lease,
+  %(worker)s::bigint,
+  1
+from taken t
+cross join token k
+group by t.event_id, k.lease
+order by t.event_id
+on conflict (event_id) do update set
+  version = q.version + 1,
+  lane = 0,
+  due_at = excluded.due_at,
+  lease = excluded.lease,
+  worker = excluded.worker,
+  attempts = 1,
+  error = null
+returning
+  q.event_id,
+  q.lease,
+  (select max(t.place)::text from taken t) as position,
+  (select count(*) from taken) as changes
+"""
+
+# Lease up to `events` due events, live before backfill, of that at most `backfill_events`. Events
+# whose worker died are kept apart: the first time a sixteenth of a batch, later alone, so that one
+# that kills the process is found while its mates finish; after the last attempt they are parked.
 CLAIM = """
 with live as materialized (
   select q.event_id, q.lane, q.due_at, q.lease, q.attempts
@@ -126,7 +171,7 @@ with live as materialized (
   from listener.queue q
   where q.lane = 1 and q.due_at <= now()
   order by q.due_at
-  limit (select %(events)s - count(*) from live)
+  limit (select greatest(%(backfill_events)s - count(*), 0) from live)
   for update skip locked
 ), due as (
   select
@@ -232,6 +277,15 @@ STILL_LEASED = """
 select q.event_id
 from listener.queue q
 where q.event_id = any(%(event_ids)s) and q.lease = %(lease)s
+"""
+
+# Those whose text is another one by now; its change waits, or was made behind the triggers.
+OUTDATED = """
+select q.event_id
+from unnest(%(event_ids)s, %(hashes)s::bytea[]) as d (event_id, content_hash)
+join listener.queue q on q.event_id = d.event_id and q.lease = %(lease)s
+join public.iot_events e on e.id = d.event_id
+where listener.content_hash(e) is distinct from d.content_hash
 """
 
 # A failed attempt: due again later, or parked after the last one.
@@ -368,6 +422,9 @@ returning q.event_id
 # Counting stops at 100,000; beyond that the planner's estimate serves, so that status costs the
 # same on a table of any size.
 STATUS = """
+with waiting as materialized (
+  select w.event_id, w.since from listener.waiting w
+)
 select
   coalesce(
     (select nullif(count(*), 100001)
@@ -377,10 +434,11 @@ select
   ) as embedded,
   (select count(*) > 100000 from (select from public.event_embeddings limit 100001) counted)
     as embedded_is_estimate,
-  (select count(*) from listener.queue q where q.due_at < 'infinity') as pending,
-  (select count(*) from listener.queue q where q.due_at = 'infinity') as parked,
-  (select extract(epoch from now() - min(q.queued_at))::float8
-   from listener.queue q where q.due_at < 'infinity') as oldest_pending_seconds,
+  (select count(*) from waiting) as pending,
+  (select count(*) from listener.queue q
+   where q.due_at = 'infinity' and q.event_id not in (select w.event_id from waiting w)) as parked,
+  (select extract(epoch from now() - min(w.since))::float8 from waiting w)
+    as oldest_pending_seconds,
   (select q.error from listener.queue q where q.error is not null
    order by q.due_at desc, q.queued_at desc limit 1) as last_error
 """
@@ -415,5 +473,5 @@ DESCRIBE = "select * from listener.describe(%(event_id)s)"
 
 NEAREST = "select * from listener.nearest(%(embedding)s, %(model)s, %(limit)s)"
 
-PENDING = "select count(*) from listener.queue q where q.due_at < 'infinity'"
+PENDING = "select count(*) from listener.waiting"
 PARKED_COUNT = "select count(*) from listener.queue q where q.due_at = 'infinity'"

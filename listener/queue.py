@@ -31,6 +31,8 @@ ROW_ERRORS = (errors.DataError, errors.IntegrityError, errors.RaiseException)
 _PASSING_LOCK_SECONDS = (0.005, 0.01, 0.02, 0.04)
 # One that holds an event for longer is looked at again this much later.
 _HELD_SECONDS = 0.5
+# Where listener.change begins.
+_FIRST_PLACE = "(0,0)"
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Event:
 class Claim:
     """The events leased together under one token.
 
-    `retried`: some were claimed before, so the claim may be smaller than what is due.
+    `retried`: some were claimed before, so the claim may be smaller than what is due. `is_full`: it
+    took as much as it was allowed to.
     """
 
     lease: int
     event_ids: list[EventId]
     retried: bool = False
+    is_full: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,43 @@ class Queue:
         self._conn = conn
         self._settings = settings
         self._worker = worker
-        self._unreleased: dict[int, list[EventId]] = {}
+        self._position = _FIRST_PLACE
+        self._is_flooded = False
 
     def claim(self, events: int) -> Claim | None:
-        """Lease at most this many of the events that are due. None if nothing is due."""
+        """Lease at most this many of the events that are due: new changes, retries, backfill.
+
+        None if nothing is due.
+        """
+        # Where changes come faster than they are embedded, retries have every other turn.
+        due = self._claim_due(events, backfill_events=0) if self._is_flooded else None
+        if due is not None:
+            self._is_flooded = False
+            return due
+        return self._take(events) or self._claim_due(events, backfill_events=events)
+
+    def _take(self, events: int) -> Claim | None:
+        """Changes since the last time, from where that ended; None if there are none at all."""
+        parameters = {
+            "events": events,
+            "lease_seconds": self._settings.lease_seconds,
+            "worker": self._worker,
+        }
+        rows = self._execute(queries.TAKE, position=self._position, **parameters)
+        if not rows and self._position != _FIRST_PLACE:
+            rows = self._execute(queries.TAKE, position=_FIRST_PLACE, **parameters)
+        if not rows:
+            self._position, self._is_flooded = _FIRST_PLACE, False
+            return None
+        _, lease, self._position, changes = rows[0]
+        self._is_flooded = changes >= events
+        return Claim(lease, [event_id for event_id, *_ in rows], is_full=self._is_flooded)
+
+    def _claim_due(self, events: int, backfill_events: int) -> Claim | None:
         rows = self._execute(
             queries.CLAIM,
             events=events,
+            backfill_events=backfill_events,
             max_attempts=self._settings.max_attempts,
             lease_seconds=self._settings.lease_seconds,
             worker=self._worker,
@@ -96,6 +130,7 @@ class Queue:
             lease=next((lease for _, lease, _ in rows if lease is not None), 0),
             event_ids=[event_id for event_id, lease, _ in rows if lease is not None],
             retried=any(attempts > 1 for _, _, attempts in rows),
+            is_full=len(rows) >= events,
         )
 
     def read(self, claim: Claim) -> list[Event]:
@@ -141,16 +176,24 @@ class Queue:
             stored |= self._write(lease, [e for e, _ in left], [v for _, v in left], model)
             if len(stored) == len(events):
                 return stored
-            ours = self._still_ours(lease, [e.event_id for e, _ in left])
+            ours = self._still_ours(lease, [e for e, _ in left])
             left = [pair for pair in left if pair[0].event_id in ours - stored]
             if not left:
                 return stored
         self.release(lease, [event.event_id for event, _ in left], _HELD_SECONDS)
         return stored
 
-    def _still_ours(self, lease: int, event_ids: list[EventId]) -> set[EventId]:
-        """Those whose lease holds and that weren't deleted."""
+    def _still_ours(self, lease: int, events: Sequence[Event]) -> set[EventId]:
+        """Those whose lease holds, that weren't deleted and whose text is the same.
+
+        One with another text is given back to be read again.
+        """
+        event_ids = [event.event_id for event in events]
         self._execute(queries.DISCARD, event_ids=event_ids, lease=lease)
+        hashes = [content_hash(event.text) for event in events]
+        rows = self._execute(queries.OUTDATED, event_ids=event_ids, hashes=hashes, lease=lease)
+        if rows:
+            self.release(lease, [event_id for (event_id,) in rows])
         rows = self._execute(queries.STILL_LEASED, event_ids=event_ids, lease=lease)
         return {event_id for (event_id,) in rows}
 
@@ -201,23 +244,11 @@ class Queue:
         return len(rows)
 
     def release(self, lease: int, event_ids: Sequence[EventId], delay_seconds: float = 0.0) -> int:
-        """Give events back as if they had not been claimed. Returns how many.
-
-        Those whose queue row a writer holds wait for `release_held`.
-        """
+        """Give events back as if they had not been claimed. Returns how many."""
         rows = self._execute(
             queries.RELEASE, event_ids=list(event_ids), lease=lease, delay_seconds=delay_seconds
         )
-        if len(rows) < len(event_ids):
-            left = self._still_ours(lease, list(event_ids))
-            if left:
-                self._unreleased[lease] = list(left)
         return len(rows)
-
-    def release_held(self) -> int:
-        """Give back what a writer held when it should have been given back. Returns how many."""
-        held, self._unreleased = self._unreleased, {}
-        return sum(self.release(lease, event_ids) for lease, event_ids in held.items())
 
     def extend(self, lease: int, event_ids: Sequence[EventId]) -> None:
         """A sign of life: the lease runs from now."""

@@ -176,13 +176,11 @@ class _Session:
         return False
 
     def _beat(self) -> bool:
-        """Release what dead workers hold and what writers held. Returns whether anything is due."""
+        """Release what dead workers hold. Returns whether anything is due."""
         if time.monotonic() < self._next_beat:
             return False
         self._next_beat = time.monotonic() + _BEAT_SECONDS
-        released = self._queue.release_held()
-        if self._worker is not None:
-            released += self._worker.beat()
+        released = self._worker.beat() if self._worker is not None else 0
         return self._wakeup.is_overdue() or released > 0
 
     def _sweep_page(self) -> bool:

@@ -1,4 +1,4 @@
--- The private schema: what waits to be embedded, who is embedding, and what was installed.
+-- The private schema: what changed, what waits to be embedded, who is embedding, what was installed.
 -- Every file here may be run again.
 
 create schema if not exists listener;
@@ -6,7 +6,15 @@ create schema if not exists listener;
 comment on schema listener is
   'iot-event-listener: queue and functions. Private; readers use public.event_embeddings.';
 
--- One row per event that waits for its embedding; no row, nothing to do.
+-- What writers leave behind: an event that was inserted or reads differently now. The next claim
+-- takes it into the queue. Without a key or an index, because a row here is all that a writer pays
+-- for; and no writer ever waits for another one, or for the service, where everybody only appends.
+create table if not exists listener.change (
+  event_id    @key_type@ not null,
+  changed_at  timestamptz not null default now()
+);
+
+-- One row per event that waits for its embedding; no row and no change, nothing to do.
 --   version   counts the changes since the event was queued, so that a vector of an older text
 --             can be told from a current one
 --   due_at    not to be claimed before; in a claim it is the end of the lease; infinity is parked
@@ -22,8 +30,6 @@ create table if not exists listener.queue (
   lane       smallint not null default 0,
   attempts   smallint not null default 0,
   error      text,
-  -- No check constraints: each is parsed anew in every insert, and that alone took a tenth of the
-  -- writers' throughput.
   constraint queue_pkey primary key (event_id)
 );
 
@@ -32,7 +38,22 @@ comment on column listener.queue.lane is '0 live, 1 backfill; live events are cl
 -- The claim walks this index from the oldest due event of each lane.
 create index if not exists queue_lane_due_at_idx on listener.queue (lane, due_at);
 
+-- Every event that waits to be embedded, and since when. One that is parked is not among them, unless
+-- it has changed since.
+create or replace view listener.waiting as
+select w.event_id, min(w.since) as since
+from (
+  select q.event_id, q.queued_at as since from listener.queue q where q.due_at < 'infinity'
+  union all
+  select c.event_id, c.changed_at from listener.change c
+) w
+group by w.event_id;
+
 -- Rows come and go; without this the dead ones pile up until a fifth of a large table is dead.
+alter table listener.change set (
+  autovacuum_vacuum_scale_factor = 0.02,
+  autovacuum_vacuum_threshold = 1000
+);
 alter table listener.queue set (
   autovacuum_vacuum_scale_factor = 0.02,
   autovacuum_vacuum_threshold = 1000,

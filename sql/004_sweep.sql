@@ -85,25 +85,19 @@ as $$
     -- Looked up in the same snapshot: on conflict alone would queue an event again whose row
     -- a worker acknowledged in the meantime.
     where q.event_id is null
+      and not exists (select from listener.change c where c.event_id = p.event_id)
       and (
         m.event_id is null
         or m.model <> p_model
         or m.content_hash is distinct from p.content_hash
       )
-  ), free as materialized (
-    -- What a writer is changing now is queued by its own trigger. Waiting for its queue row would
-    -- hold up every other writer of this page, and could end in a deadlock.
-    select l.event_id, l.place
-    from lacking l
-    join public.iot_events e on e.id = l.event_id
-    order by l.event_id
-    for no key update of e skip locked
   ), queued as (
     insert into listener.queue (event_id, lane, due_at)
-    -- Due in the past and in the order of the page, so that the newest is claimed first.
-    select f.event_id, 1, now() - (p_limit - f.place) * interval '1 microsecond'
-    from free f
-    order by f.event_id
+    -- Due in the past and in the order of the page, so that the newest is claimed first. In the
+    -- order of the key, as a claim takes changes, so that the two can't deadlock.
+    select l.event_id, 1, now() - (p_limit - l.place) * interval '1 microsecond'
+    from lacking l
+    order by l.event_id
     on conflict (event_id) do nothing
     returning 1
   )
@@ -154,14 +148,17 @@ as $$
     m.content_hash = listener.content_hash(e),
     m.embedded_at,
     m.embedding,
-    coalesce(q.due_at < 'infinity', false),
-    coalesce(q.due_at = 'infinity', false),
+    w.has_changed or coalesce(q.due_at < 'infinity', false),
+    not w.has_changed and coalesce(q.due_at = 'infinity', false),
     q.attempts,
     q.lease is not null,
     q.error
   from public.iot_events e
   left join public.event_embeddings m on m.event_id = e.id
   left join listener.queue q on q.event_id = e.id
+  cross join lateral (
+    select exists (select from listener.change c where c.event_id = e.id) as has_changed
+  ) w
   where e.id = p_id::@key_type@
 $$;
 

@@ -9,9 +9,7 @@
 -- A full NOTIFY queue refuses the commit of whoever notifies. So they are silent from half on, which
 -- leaves the rest to others; the service's poll finds the event.
 
--- The hot path. A row in the way is that of a deleted event with the same id, left there while
--- triggers were off. To take it over also locks it, so that no worker discards it as that of an
--- event that isn't there, before this insert is visible.
+-- The hot path.
 create or replace function listener.queue_inserted()
 returns trigger
 language plpgsql
@@ -19,16 +17,8 @@ security definer
 set search_path = ''
 as $$
 begin
-  insert into listener.queue as q (event_id)
-  select n.id from new_events n
-  on conflict (event_id) do update set
-    version = q.version + 1,
-    lane = 0,
-    due_at = excluded.due_at,
-    lease = null,
-    worker = null,
-    attempts = 0,
-    error = null;
+  insert into listener.change (event_id)
+  select n.id from new_events n;
   if found
     and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@)
     and pg_catalog.pg_notification_queue_usage() < 0.5
@@ -39,8 +29,8 @@ begin
 end
 $$;
 
--- Queues only what now reads differently. If embedding_input fails on a row, the whole statement's
--- rows are queued: the worker finds the culprit and parks it; the writer is never refused.
+-- Records only what now reads differently. If embedding_input fails on a row, the whole statement's
+-- rows are recorded: the worker finds the culprit and parks it; the writer is never refused.
 create or replace function listener.queue_updated()
 returns trigger
 language plpgsql
@@ -57,21 +47,12 @@ begin
       left join old_events o on o.id = n.id
       where o.id is null
         or listener.embedding_input(n) is distinct from listener.embedding_input(o)
-      order by n.id
     );
   exception when others then
-    v_changed := array(select n.id from new_events n order by n.id);
+    v_changed := array(select n.id from new_events n);
   end;
-  insert into listener.queue as q (event_id)
-  select c.id from unnest(v_changed) as c (id)
-  on conflict (event_id) do update set
-    version = q.version + 1,
-    lane = 0,
-    due_at = excluded.due_at,
-    lease = null,
-    worker = null,
-    attempts = 0,
-    error = null;
+  insert into listener.change (event_id)
+  select c.id from unnest(v_changed) as c (id);
   if found
     and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@)
     and pg_catalog.pg_notification_queue_usage() < 0.5
@@ -82,34 +63,5 @@ begin
 end
 $$;
 
--- A deleted event is not waited for, and its parked row does not await the next event of its id.
-create or replace function listener.queue_deleted()
-returns trigger
-language plpgsql
-security definer
-set search_path = ''
-as $$
-begin
-  delete from listener.queue q
-  using old_events o
-  where q.event_id = o.id;
-  return null;
-end
-$$;
-
-create or replace function listener.queue_truncated()
-returns trigger
-language plpgsql
-security definer
-set search_path = ''
-as $$
-begin
-  delete from listener.queue;
-  return null;
-end
-$$;
-
 revoke all on function listener.queue_inserted() from public;
 revoke all on function listener.queue_updated() from public;
-revoke all on function listener.queue_deleted() from public;
-revoke all on function listener.queue_truncated() from public;

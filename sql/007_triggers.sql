@@ -13,16 +13,22 @@ after update on public.iot_events
 referencing old table as old_events new table as new_events
 for each statement execute function listener.queue_updated();
 
-create or replace trigger listener_deleted
-after delete on public.iot_events
-referencing old table as old_events
-for each statement execute function listener.queue_deleted();
-
-create or replace trigger listener_truncated
-after truncate on public.iot_events
-for each statement execute function listener.queue_truncated();
-
 alter table public.iot_events enable always trigger listener_inserted;
 alter table public.iot_events enable always trigger listener_updated;
-alter table public.iot_events enable always trigger listener_deleted;
-alter table public.iot_events enable always trigger listener_truncated;
+
+-- An install from before the table listener.change had two more.
+do $$
+begin
+  if exists (
+    select from pg_catalog.pg_trigger g
+    where g.tgrelid = 'public.iot_events'::regclass
+      and g.tgname in ('listener_deleted', 'listener_truncated')
+  ) then
+    drop trigger if exists listener_deleted on public.iot_events;
+    drop trigger if exists listener_truncated on public.iot_events;
+    drop function if exists listener.queue_deleted();
+    drop function if exists listener.queue_truncated();
+    revoke all on listener.queue from listener_owner;
+  end if;
+end
+$$;

@@ -2,8 +2,6 @@
 
 drop trigger if exists listener_inserted on public.iot_events;
 drop trigger if exists listener_updated on public.iot_events;
-drop trigger if exists listener_deleted on public.iot_events;
-drop trigger if exists listener_truncated on public.iot_events;
 drop schema if exists listener cascade;
 
 -- The role is shared by the databases of a server; it goes with the last one that uses it.

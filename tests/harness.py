@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from listener import install
+from listener import install, queries
 from listener.catalogue import read_facts
 from listener.config import Settings
 from listener.database import Connection, connect, register_vector
@@ -130,11 +130,31 @@ class Database:
         return {event_id: vector.to_numpy() for event_id, vector in rows}
 
     def queue(self) -> list[Any]:
-        """(event_id, version, lane, attempts, leased, parked, error) of each queued event."""
+        """(event_id, version, lane, attempts, leased, parked, error) of each queued event.
+
+        One whose change was not taken yet counts as queued, with version 0.
+        """
         return self.rows(
             "select event_id, version, lane, attempts, lease is not null, due_at = 'infinity', "
-            "error from listener.queue order by event_id"
+            "error from listener.queue q "
+            "where not exists (select from listener.change c where c.event_id = q.event_id) "
+            "union all select distinct event_id, 0, 0, 0, false, false, null from listener.change "
+            "order by event_id"
         )
+
+    def park(self, *event_ids: int) -> None:
+        """As if they had failed for the last time, with the reason 'why'."""
+        self.rows("delete from listener.change where event_id = any(%s)", list(event_ids))
+        self.rows(
+            "insert into listener.queue (event_id, due_at, attempts, error) "
+            "select unnest(%s::bigint[]), 'infinity', 5, 'why'",
+            list(event_ids),
+        )
+
+    def forget_queue(self) -> None:
+        """As if nothing had ever been queued."""
+        self.rows("delete from listener.change")
+        self.rows("delete from listener.queue")
 
     def leased(self) -> int:
         """How many events are in a claim that holds."""
@@ -147,7 +167,7 @@ class Database:
 
     def is_at_rest(self) -> bool:
         """Nothing pending; parked events may be there."""
-        return not self.value("select count(*) from listener.queue where due_at < 'infinity'")
+        return not self.value(queries.PENDING)
 
     def wait_for_rest(self, seconds: float = DEADLINE_SECONDS) -> None:
         wait_until(self.is_at_rest, seconds)
@@ -159,8 +179,9 @@ class Database:
             "left join public.event_embeddings m on m.event_id = e.id and m.model = %s "
             "and m.content_hash = sha256(convert_to(coalesce(listener.embedding_input(e), ''), "
             "'UTF8')) "
+            "left join listener.waiting w on w.event_id = e.id "
             "left join listener.queue q on q.event_id = e.id "
-            "where (m.event_id is null) = (q.event_id is null)",
+            "where (m.event_id is null) = (coalesce(w.event_id, q.event_id) is null)",
             model,
         )
         assert wrong == []

@@ -36,8 +36,6 @@ _SURROUNDINGS: dict[How, tuple[tuple[LiteralString, ...], tuple[LiteralString, .
         (
             "alter table public.iot_events enable always trigger listener_inserted",
             "alter table public.iot_events enable always trigger listener_updated",
-            "alter table public.iot_events enable always trigger listener_deleted",
-            "alter table public.iot_events enable always trigger listener_truncated",
         ),
     ),
 }
@@ -100,7 +98,7 @@ class Expected:
     alive: dict[int, Life] = field(default_factory=dict)
     # Changed while triggers were off, and not swept since.
     unseen: set[int] = field(default_factory=set)
-    # Deleted while triggers were off: may be queued still.
+    # Deleted: may be queued still, until a claim or a sweep looks.
     ghosts: set[int] = field(default_factory=set)
     # Deleted without the cascade: may have a vector still.
     orphans: set[int] = field(default_factory=set)
@@ -118,30 +116,25 @@ class Expected:
             self._see(change.event, how)
 
     def _see(self, event: int, how: How) -> None:
-        if how == "silent":
-            self.unseen.add(event)
-        else:
-            self.unseen.discard(event)
-            self.leased.pop(event, None)
+        (self.unseen.add if how == "silent" else self.unseen.discard)(event)
 
     def _insert(self, change: Change, how: How) -> None:
         self.alive[change.event] = Life([change.text()], inherits=change.event in self.orphans)
         self.orphans.discard(change.event)
         self.ghosts.discard(change.event)
-        (self.unseen.add if how == "silent" else self.unseen.discard)(change.event)
+        self._see(change.event, how)
 
     def _delete(self, event: int, how: How) -> None:
         del self.alive[event]
         self.unseen.discard(event)
-        if how == "silent":
-            self.ghosts.add(event)
-        else:
-            self.leased.pop(event, None)
+        self.ghosts.add(event)
         if how == "replica":
             self.orphans.add(event)
 
-    def lease(self, claim: Claim) -> None:
-        assert not self.leased.keys() & set(claim.event_ids), "claimed although leased"
+    def lease(self, claim: Claim, changed: set[EventId]) -> None:
+        """`changed`: those whose change waited, which takes the lease away."""
+        stolen = self.leased.keys() & set(claim.event_ids) - changed
+        assert not stolen, "claimed although leased"
         self.leased |= dict.fromkeys(claim.event_ids, claim.lease)
 
     def unlease(self, claim: Claim, events: Iterable[EventId]) -> None:
@@ -225,6 +218,7 @@ class Plant:
         """What a fresh database would be."""
         self.writer.rollback()
         self.device.execute("truncate public.iot_events cascade")
+        self.device.execute("delete from listener.change")
         self.device.execute("delete from listener.queue")
         for seat in self.seats:
             seat.hands.clear()

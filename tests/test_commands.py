@@ -26,7 +26,7 @@ def static(database: Database, static_model: Path) -> Database:
 def test_status_counts_and_says_what_the_scope_is(static: Database) -> None:
     """For a reader and as JSON."""
     static.insert("a", "b", "c")
-    static.rows("update listener.queue set due_at = 'infinity', error = 'why' where event_id = 1")
+    static.park(1)
     static = static.with_settings(backfill_last_n=2)
 
     text = listener(static.settings, "status", BACKFILL_LAST_N="2")
@@ -97,7 +97,7 @@ def test_search_before_anything_is_embedded_says_so(static: Database) -> None:
 def test_backfill_works_by_itself_reports_and_is_harmless_twice(static: Database) -> None:
     """Newest first, no more than asked."""
     ids = static.insert(*map(str, range(3000)))
-    static.rows("delete from listener.queue")
+    static.forget_queue()
 
     first = listener(static.settings, "backfill", "--last", "2500", "--work")
     second = listener(static.settings, "backfill", "--last", "2500", "--work")
@@ -135,7 +135,7 @@ def test_backfill_without_a_service_says_who_could_work(static: Database) -> Non
 def test_backfill_since_looks_at_no_older_events(static: Database) -> None:
     """--since goes by created_at."""
     static.insert("old", "new")
-    static.rows("delete from listener.queue")
+    static.forget_queue()
     static.rows("alter table public.iot_events disable trigger listener_updated")
     static.rows("update public.iot_events set created_at = '2020-01-01' where message = 'old'")
     static.rows("alter table public.iot_events enable always trigger listener_updated")
@@ -147,8 +147,7 @@ def test_backfill_since_looks_at_no_older_events(static: Database) -> None:
 
 def test_retry_takes_ids_or_all_and_names_what_is_not_parked(database: Database) -> None:
     """Exit 2 if an id was wrong; the right ones are retried all the same."""
-    database.insert("a", "b")
-    database.rows("update listener.queue set due_at = 'infinity', attempts = 5, error = 'why'")
+    database.park(*database.insert("a", "b"))
 
     one = listener(database.settings, "retry", "1", "77", check=False)
     rest = listener(database.settings, "retry", "--all")

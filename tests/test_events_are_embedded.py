@@ -106,7 +106,7 @@ def test_a_large_copy_is_embedded_whole(database: Database) -> None:
 def test_an_insert_that_inserts_nothing_queues_nothing(database: Database) -> None:
     """on conflict do nothing fires the trigger with an empty table."""
     database.insert("door shut")
-    database.rows("delete from listener.queue")
+    database.forget_queue()
 
     database.rows(
         "insert into public.iot_events (id, device_id, event_type, severity) "

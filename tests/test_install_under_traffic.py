@@ -85,7 +85,17 @@ def age(database: Database) -> None:
     """Make the installed objects those of an earlier version, as far as an install can tell."""
     database.rows("update listener.applied set digest = 'of an earlier version'")
     database.rows("drop index listener.queue_lane_due_at_idx")
-    database.rows("alter table public.iot_events enable trigger listener_truncated")
+    database.rows("grant select, insert, update, delete on listener.queue to listener_owner")
+    database.rows(
+        "create function listener.queue_deleted() returns trigger language plpgsql "
+        "security definer set search_path = '' as $$ begin delete from listener.queue q "
+        "using old_events o where q.event_id = o.id; return null; end $$"
+    )
+    database.rows(
+        "create trigger listener_deleted after delete on public.iot_events "
+        "referencing old table as old_events for each statement "
+        "execute function listener.queue_deleted()"
+    )
     database.rows(
         "create or replace function listener.queue_inserted() returns trigger language plpgsql "
         "security definer set search_path = '' as $$ begin insert into listener.queue (event_id) "
@@ -240,6 +250,7 @@ def test_an_upgrade_with_live_workers_loses_nothing(database: Database) -> None:
     database.assert_invariant()
     assert install_in(database.conn).steps == ()
     assert database.value("select to_regclass('listener.queue_lane_due_at_idx')") is not None
+    assert database.value("select to_regproc('listener.queue_deleted')") is None
 
 
 def test_an_uninstall_under_traffic_ends_the_service_and_no_writer(

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from listener.queue import Claim, Queue
+from listener import queries
+from listener.queue import Claim, Event, Queue
 from tests.harness import Database, TinyEmbedder, serving, vector_of, wait_until
 
 MODEL = TinyEmbedder.fingerprint
@@ -138,10 +139,64 @@ def test_a_claim_pairs_the_version_with_the_text_it_read(database: Database, que
     claim = claimed(queue)
     database.rows("update public.iot_events set message = 'new'")
 
-    events = queue.read(claim)
+    (event,) = queue.read(claim)
 
-    # The update took the lease away, so that the claim has nothing left to read.
-    assert events == []
+    assert event.text.endswith("new")
+    assert store(queue, claim) == claim.event_ids
+
+
+def test_a_change_of_a_claimed_event_takes_the_claim_away(database: Database, queue: Queue) -> None:
+    """Once another worker has taken the change; its version and lease fence the first one out."""
+    database.insert("old")
+    first = claimed(queue)
+    late = queue.read(first)
+    database.rows("update public.iot_events set message = 'new'")
+    second = claimed(queue)
+    # The text of the first claim is that of the event again, and still the claim is gone.
+    database.rows("alter table public.iot_events disable trigger user")
+    database.rows("update public.iot_events set message = 'old'")
+
+    assert not queue.write(first.lease, late, [vector_of(late[0].text)], MODEL)
+
+    assert queue.read(first) == []
+    assert second.event_ids == first.event_ids
+    assert [row[1] for row in database.queue()] == [2]
+
+
+def test_changes_that_were_rolled_back_or_are_not_committed_are_passed_by(
+    database: Database, queue: Queue
+) -> None:
+    """And those committed behind the place where the last claim ended are found."""
+    with database.session() as slow, database.session() as other:
+        with slow.transaction(), other.transaction(force_rollback=True):
+            insert = (
+                "insert into public.iot_events (device_id, event_type, severity) "
+                "values ('d', 't', 's') returning id"
+            )
+            row = slow.execute(insert).fetchone()
+            other.execute(insert)
+            ids = database.insert("a", "b", "c")
+            assert [claimed(queue, 2).event_ids, claimed(queue, 2).event_ids] == [ids[:2], ids[2:]]
+            assert queue.claim(2) is None
+            database.insert("d")
+            claimed(queue, 2)
+        assert row is not None
+
+    assert claimed(queue, 2).event_ids == [row[0]]
+
+
+def test_retries_have_their_turn_in_a_flood_of_changes(database: Database, queue: Queue) -> None:
+    """And backfill has none while changes come."""
+    (old,) = database.insert("old")
+    database.forget_queue()
+    queue.sweep(MODEL, None, 10)
+    first, second = database.insert("given back", "given back, too")
+    queue.release(claimed(queue, 2).lease, [first, second])
+    a, b, c = database.insert("a", "b", "c")
+
+    order = [claimed(queue, 1).event_ids[0] for _ in range(6)]
+
+    assert order == [first, a, second, b, c, old]
 
 
 def test_live_events_go_before_backfill_and_backfill_goes_newest_first(
@@ -149,7 +204,7 @@ def test_live_events_go_before_backfill_and_backfill_goes_newest_first(
 ) -> None:
     """A dashboard looks at the present first."""
     old = database.insert("1", "2", "3")
-    database.rows("delete from listener.queue")
+    database.forget_queue()
     queue.sweep(MODEL, None, 10)
     live = database.insert("4")
 
@@ -258,12 +313,14 @@ def test_a_writer_holding_an_event_does_not_stall_its_batch_mates(
     held, free = database.insert("held", "free")
     claim = claimed(queue)
     with database.session() as writer, writer.transaction():
-        writer.execute("update public.iot_events set message = 'x' where id = %s", [held])
+        writer.execute("delete from public.iot_events where id = %s", [held])
 
         stored = store(queue, claim)
 
         assert stored == [free]
-    store(queue, claimed(queue))
+    database.rows("update listener.queue set due_at = now()")
+    assert queue.read(claimed(queue)) == []
+    assert database.queue() == []
     database.assert_invariant()
 
 
@@ -316,7 +373,7 @@ def test_a_sweep_queues_what_is_missing_outdated_or_of_another_model_and_nothing
 def test_a_sweep_in_pages_sees_every_event_once(database: Database, queue: Queue) -> None:
     """The end of a page is the beginning of the next, also where times are equal."""
     ids = database.insert(*map(str, range(25)))
-    database.rows("delete from listener.queue")
+    database.forget_queue()
     start, scanned = None, 0
     while True:
         page = queue.sweep(MODEL, start, 7)
@@ -331,7 +388,7 @@ def test_a_sweep_in_pages_sees_every_event_once(database: Database, queue: Queue
 def test_backfill_takes_no_more_than_the_last_n(database: Database) -> None:
     """N is the operator's limit."""
     ids = database.insert(*map(str, range(30)))
-    database.rows("delete from listener.queue")
+    database.forget_queue()
 
     with serving(database.with_settings(backfill_last_n=10)):
         wait_until(database.embedded)
@@ -342,9 +399,8 @@ def test_backfill_takes_no_more_than_the_last_n(database: Database) -> None:
 
 def test_a_retried_event_has_all_its_attempts_again(database: Database, queue: Queue) -> None:
     """retry puts a parked event back as if it were new."""
-    database.insert("raise", "raise too")
-    database.rows("update listener.queue set due_at = 'infinity', attempts = 5")
-    first, _ = [row[0] for row in database.queue()]
+    first, second = database.insert("raise", "raise too")
+    database.park(first, second)
 
     retried = queue.retry([str(first)])
 
@@ -353,14 +409,19 @@ def test_a_retried_event_has_all_its_attempts_again(database: Database, queue: Q
 
 
 def test_two_hundred_updates_of_one_row_are_one_queue_row_and_the_last_text(
-    database: Database,
+    database: Database, queue: Queue
 ) -> None:
     """A repeated change bumps the version."""
     (event_id,) = database.insert("0")
+    claimed(queue)
     for number in range(200):
         database.conn.execute("update public.iot_events set message = %s", [f"text {number}"])
 
-    assert [row[:2] for row in database.queue()] == [(event_id, 201)]
+    claims = [claimed(queue, 150).event_ids, claimed(queue, 150).event_ids]
+    assert claims == [[event_id], [event_id]]
+    assert [row[:2] for row in database.queue()] == [(event_id, 3)]
+    database.rows("update public.iot_events set message = 'text 199 '")
+    database.rows("update public.iot_events set message = 'text 199'")
     with serving(database):
         database.wait_for_rest()
     expected = vector_of("event_type: status\nseverity: info\nmessage: text 199")
@@ -386,38 +447,70 @@ def test_a_text_that_changed_while_triggers_were_off_is_not_given_the_old_vector
 @pytest.mark.parametrize(
     "removal", ["delete from public.iot_events", "truncate public.iot_events cascade"]
 )
-def test_removed_events_leave_the_queue_at_once(database: Database, removal: str) -> None:
-    """So that the next event of the same id starts afresh, not as its predecessor's parked row."""
-    database.insert("pending", "parked")
-    database.rows("update listener.queue set due_at = 'infinity' where event_id = 2")
+def test_removed_events_leave_the_queue_unencoded(
+    database: Database, queue: Queue, removal: str
+) -> None:
+    """Whether they waited, were claimed, or were parked."""
+    database.insert("parked", "claimed")
+    claim = claimed(queue)
+    database.rows("update listener.queue set due_at = 'infinity' where event_id = 1")
+    database.insert("waiting")
 
     database.rows(removal)
 
-    assert database.queue() == []
+    assert queue.write(claim.lease, [Event(2, 1, "")], [vector_of("")], MODEL) == set()
+    embedder = TinyEmbedder()
+    with serving(database, embedder):
+        wait_until(lambda: database.queue() == [])
+    assert embedder.encoded == []
 
 
-def test_an_insert_over_the_row_of_an_unseen_delete_is_neither_discarded_nor_parked(
+def test_an_insert_over_the_row_of_a_deleted_event_is_neither_discarded_nor_parked(
     database: Database, queue: Queue
 ) -> None:
-    """The row is in the way of an insert that isn't committed when a worker looks at it."""
+    """The old row is still there, and a worker looks at it before the insert is committed."""
     for parked in (False, True):
         event_id = database.insert("first")[0]
+        first = claimed(queue)
         if parked:
             database.rows("update listener.queue set due_at = 'infinity', error = 'of the first'")
-        database.rows("alter table public.iot_events disable trigger all")
         database.rows("delete from public.iot_events")
-        database.rows("alter table public.iot_events enable always trigger listener_inserted")
-        with database.session() as writer:
-            with writer.transaction():
-                writer.execute(
-                    "insert into public.iot_events (id, device_id, event_type, severity, message) "
-                    "overriding system value values (%s, 'd', 't', 's', 'second')",
-                    [event_id],
-                )
-                claim = queue.claim(10)
-                assert claim is None or queue.read(claim) == []
-            claim = claimed(queue)
-            (event,) = queue.read(claim)
+        with database.session() as writer, writer.transaction():
+            writer.execute(
+                "insert into public.iot_events (id, device_id, event_type, severity, message) "
+                "overriding system value values (%s, 'd', 't', 's', 'second')",
+                [event_id],
+            )
+            assert queue.read(first) == []
+            assert queue.claim(10) is None
+
+        (event,) = queue.read(claimed(queue))
 
         assert event.text.endswith("second")
-        database.rows("delete from listener.queue")
+        database.rows("delete from public.iot_events")
+        database.forget_queue()
+
+
+@pytest.mark.parametrize(
+    ("statement", "parameters", "scan"),
+    [
+        (queries.TAKE, {"position": "(9,1)"}, "Tid Range Scan on change"),
+        (queries.CLAIM, {"backfill_events": 9, "max_attempts": 5}, "queue_lane_due_at_idx"),
+    ],
+    ids=["changes", "queue"],
+)
+def test_a_claim_reads_no_more_than_it_needs(
+    database: Database, statement: str, parameters: dict[str, object], scan: str
+) -> None:
+    """Changes from where the last claim ended, the queue by its index; iot_events not at all."""
+    database.rows("insert into listener.queue (event_id) select generate_series(1, 10000)")
+    database.rows("insert into listener.change (event_id) select generate_series(1, 10000)")
+    database.rows("analyze")
+    common = {"events": 9, "lease_seconds": 9.0, "worker": None}
+
+    rows = database.conn.execute(f"explain {statement}".encode(), {**common, **parameters})
+
+    plan = "\n".join(line for (line,) in rows)
+    assert scan in plan
+    assert "Seq Scan" not in plan
+    assert "iot_events" not in plan

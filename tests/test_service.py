@@ -185,7 +185,7 @@ def test_run_once_embeds_what_is_due_and_the_last_n_and_ends(
 ) -> None:
     """For those who can't keep a process running."""
     swept, _ = database.insert("missed by a trigger", "due")
-    database.rows("delete from listener.queue where event_id = %s", swept)
+    database.rows("delete from listener.change where event_id = %s", swept)
     settings = replace(database.settings, embedding_model=str(static_model))
 
     finished = listener(settings, "run", "--once")

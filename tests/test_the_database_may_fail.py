@@ -70,7 +70,7 @@ def claimed(database: Database) -> int:
     return int(
         database.value(
             "select count(*) filter (where lease is not null and due_at > now()) "
-            "+ (count(*) = 0)::int from listener.queue"
+            "+ (not exists (select from listener.waiting))::int from listener.queue"
         )
     )
 

@@ -32,8 +32,8 @@ _WRONG = b"""
 select e.id, m.event_id is null as is_lost
 from public.iot_events e
 left join public.event_embeddings m on m.event_id = e.id
-left join listener.queue q on q.event_id = e.id
-where q.event_id is null
+where not exists (select from listener.queue q where q.event_id = e.id)
+  and not exists (select from listener.change c where c.event_id = e.id)
   and (
     m.event_id is null
     or m.model <> %(model)s
@@ -81,6 +81,7 @@ where strpos(e.message, 'poison') > 0 and q.event_id is null
 _SEEN = b"""
 delete from soak.unseen u
 where exists (select from listener.queue q where q.event_id = u.event_id)
+  or exists (select from listener.change c where c.event_id = u.event_id)
   or not exists (select from public.iot_events e where e.id = u.event_id)
   or exists (
     select

@@ -59,7 +59,7 @@ def _lock(scene: Scene, statement: bytes, seconds: float) -> float:
 
 
 def lock_queue(scene: Scene) -> float:
-    """Writers wait as well, for the lock's holder and not for the service."""
+    """No event can be claimed; writers don't notice."""
     return _lock(scene, b"lock table listener.queue in access exclusive mode", 2)
 
 

@@ -51,7 +51,7 @@ from unnest(%(held)s::bigint[]) as h (event_id)
 left join public.event_embeddings m on m.event_id = h.event_id
 """
 _NOW = b"select clock_timestamp()"
-_REST = b"select count(*) from listener.queue"
+_REST = b"select count(*) from listener.waiting"
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ _LOOK_SECONDS = 0.02
 
 _WAITING = b"""
 select count(*)
-from listener.queue q
-where q.event_id = any(%(ids)s) and q.due_at < 'infinity' and q.error is null
+from listener.waiting w
+left join listener.queue q on q.event_id = w.event_id
+where w.event_id = any(%(ids)s) and q.error is null
 """
 
 

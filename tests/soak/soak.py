@@ -25,7 +25,7 @@ from tests.soak.writers import Tally, Writer, start_writers
 _DRAIN_SECONDS = 120.0
 _PROGRESS_SECONDS = 15.0
 
-_DUE = b"select count(*) from listener.queue q where q.due_at < 'infinity'"
+_DUE = b"select count(*) from listener.waiting"
 _TOTALS = b"""
 select
   (select count(*) from public.iot_events),

@@ -46,7 +46,7 @@ def conn(ground: Ground) -> Iterator[Connection]:
 def store(conn: Connection, ground: Ground) -> None:
     """What workers would do."""
     conn.execute(_STORE, {"vector": _VECTOR, "model": ground.fingerprint})
-    conn.execute("delete from listener.queue")
+    conn.execute("delete from listener.change")
 
 
 def look(ground: Ground, conn: Connection) -> dict[str, set[int]]:
@@ -60,7 +60,7 @@ def test_nothing_is_found_where_all_is_well(ground: Ground, conn: Connection) ->
     """Current vectors, a pending event, a poison one that is parked."""
     conn.execute(statements.INSERT, {"events": 1})
     conn.execute(statements.INSERT_POISON, {"events": 1})
-    conn.execute("update listener.queue set due_at = 'infinity' where event_id = 5")
+    conn.execute("insert into listener.queue (event_id, due_at) values (5, 'infinity')")
 
     assert look(ground, conn) == {}
 
@@ -75,7 +75,7 @@ def test_a_lost_event_is_found(ground: Ground, conn: Connection) -> None:
 def test_a_stale_embedding_is_found(ground: Ground, conn: Connection) -> None:
     """The text changed and nobody was told; or the vector is another model's."""
     conn.execute("update public.iot_events set message = soak.message() where id = 2")
-    conn.execute("delete from listener.queue")
+    conn.execute("delete from listener.change")
     conn.execute("update public.event_embeddings set model = 'another' where event_id = 3")
 
     assert look(ground, conn) == {checker.STALE: {2, 3}}
@@ -125,7 +125,7 @@ def test_the_wrong_events_parked_are_found(ground: Ground, conn: Connection) -> 
 def test_a_sweep_clears_what_was_changed_unseen(ground: Ground, conn: Connection) -> None:
     """Until it has run, the change is no violation."""
     conn.execute("update public.iot_events set message = soak.message() where id = 2")
-    conn.execute("delete from listener.queue")
+    conn.execute("delete from listener.change")
     conn.execute("insert into soak.unseen values (2)")
     before = look(ground, conn)
 

@@ -28,7 +28,7 @@ _MOST_PER_SECOND = 600
 _LOOK_SECONDS = 0.1
 
 _COUNT = b"select count(*) from public.event_embeddings"
-_QUEUED = b"select count(*) from listener.queue"
+_QUEUED = b"select count(*) from listener.waiting"
 
 
 @dataclass(frozen=True)

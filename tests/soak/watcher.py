@@ -22,9 +22,10 @@ where a.datname = current_database()
 _PENDING = b"""
 select
   count(*),
-  coalesce(extract(epoch from clock_timestamp() - min(q.queued_at)), 0)::float8
-from listener.queue q
-where q.due_at < 'infinity' and q.error is null
+  coalesce(extract(epoch from clock_timestamp() - min(w.since)), 0)::float8
+from listener.waiting w
+left join listener.queue q on q.event_id = w.event_id
+where q.error is null
 """
 
 
