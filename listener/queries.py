@@ -336,7 +336,6 @@ set
   end
 from held h
 where q.event_id = h.event_id
-returning q.event_id
 """
 
 EXTEND = """

@@ -243,12 +243,10 @@ class Queue:
                 log(logging.WARNING, "event_failed", **fields, retry_in_seconds=seconds)
         return len(rows)
 
-    def release(self, lease: int, event_ids: Sequence[EventId], delay_seconds: float = 0.0) -> int:
-        """Give events back as if they had not been claimed. Returns how many."""
-        rows = self._execute(
-            queries.RELEASE, event_ids=list(event_ids), lease=lease, delay_seconds=delay_seconds
-        )
-        return len(rows)
+    def release(self, lease: int, event_ids: Sequence[EventId], delay_seconds: float = 0.0) -> None:
+        """Give events back as if they had not been claimed."""
+        ids = list(event_ids)
+        self._execute(queries.RELEASE, event_ids=ids, lease=lease, delay_seconds=delay_seconds)
 
     def extend(self, lease: int, event_ids: Sequence[EventId]) -> None:
         """A sign of life: the lease runs from now."""

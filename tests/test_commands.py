@@ -36,7 +36,7 @@ def test_status_counts_and_says_what_the_scope_is(static: Database) -> None:
     assert data["scope"]["events"] == 2
     assert data["last_error"] == "why"
     assert "0 of 2, BACKFILL_LAST_N" in text.stdout
-    assert "1 after 0 attempts: why" in text.stdout
+    assert "1 after 5 attempts: why" in text.stdout
     assert text.stderr == ""
 
 
