@@ -123,7 +123,7 @@ def damaged(statement: str) -> Callable[[Database], AbstractContextManager[None]
     ("damage", "error"),
     [
         (locked, psycopg.errors.LockNotAvailable),
-        (damaged("drop table listener.change"), psycopg.errors.UndefinedTable),
+        (damaged("drop table listener.change cascade"), psycopg.errors.UndefinedTable),
         (
             damaged("revoke all on listener.change from listener_owner"),
             psycopg.errors.InsufficientPrivilege,
