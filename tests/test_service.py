@@ -60,19 +60,18 @@ def test_the_connections_are_named_and_idle_outside_statements(database: Databas
         database.insert("a")
         wait_until(lambda: any(row[4] for row in database.queue()))
 
-        states = wait_until(
-            lambda: set(
+        wait_until(
+            lambda: (
                 database.rows(
                     "select application_name, state from pg_stat_activity "
                     "where datname = current_database() and application_name like 'listener-w%' "
-                    "and state <> 'active'"
+                    "order by application_name"
                 )
+                == [("listener-wake", "idle"), ("listener-work", "idle")]
             )
         )
         embedder.may_run.set()
         database.wait_for_rest()
-
-    assert states == {("listener-wake", "idle"), ("listener-work", "idle")}
 
 
 def test_a_stop_finishes_the_batch_in_hand_and_gives_the_next_one_back(database: Database) -> None:
