@@ -28,8 +28,6 @@ COMPILED = "compiled"
 EXACT = 0.9999
 _LEAST_COSINE = {"fp32": EXACT, "bf16": 0.99}
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
-# A width that comes again finds its kernels ready; an odd one has them made first.
-_WIDTH_STEP = 8
 
 
 def load_openvino() -> Any:
@@ -136,8 +134,7 @@ class OpenVinoEmbedder:
 
     def _pass(self, ids: list[list[int]]) -> NDArray[np.float32]:
         lengths = np.array([len(one) for one in ids])
-        width = -(-int(lengths.max()) // _WIDTH_STEP) * _WIDTH_STEP if len(ids) > 1 else lengths[0]
-        mask = np.arange(min(width, self.max_tokens or width)) < lengths[:, np.newaxis]
+        mask = np.arange(lengths.max()) < lengths[:, np.newaxis]
         padded = np.full(mask.shape, self._pad_id, np.int64)
         padded[mask] = np.concatenate([np.array(one, np.int64) for one in ids])
         vectors: NDArray[np.float32] = self._request.infer([padded, mask.astype(np.int64)])[0]

@@ -271,6 +271,8 @@ def environment(settings: Settings, **variables: str) -> dict[str, str]:
         **os.environ,
         "DATABASE_URL": settings.database_url,
         "EMBEDDING_MODEL": settings.embedding_model,
+        "ENGINE": settings.engine,
+        "MODEL_CACHE": str(settings.model_cache),
         "REPORTS_DIR": str(settings.reports_dir),
         **variables,
     }
