@@ -175,4 +175,6 @@ def _require_precision(core: Any, precision: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "")
+    """The first line that says something; OpenVINO begins with where it was thrown."""
+    lines = (line for line in str(error).splitlines() if line.strip())
+    return next((line for line in lines if not line.startswith("Exception from")), "")

@@ -334,16 +334,18 @@ def _truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def _zero_the_end(file: Path) -> None:
-    size = file.stat().st_size
-    file.write_bytes(file.read_bytes()[: size // 2] + bytes(size - size // 2))
+def _zero_the_middle(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    start, end = len(content) * 6 // 10, len(content) * 8 // 10
+    content[start:end] = bytes(end - start)
+    file.write_bytes(content)
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
         (engine_openvino.WEIGHTS, _truncate),
-        (engine_openvino.WEIGHTS, _zero_the_end),
+        (engine_openvino.WEIGHTS, _zero_the_middle),
         (engine_openvino.WEIGHTS, Path.unlink),
         (engine_openvino.GRAPH, _truncate),
         (engine_openvino.TOKENIZER, _truncate),
