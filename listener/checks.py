@@ -12,6 +12,7 @@ import numpy as np
 from listener.catalogue import Facts, read_facts
 from listener.config import DIMENSION, Settings
 from listener.database import Connection, connect
+from listener.embedder import load_embedder
 from listener.errors import ListenerError
 from listener.install import require_installable, verify
 from listener.queue import Claim, Event, EventId, Queue
@@ -47,14 +48,13 @@ def run_checks(settings: Settings) -> Iterator[Finding]:
 
 
 def _check_model(settings: Settings) -> Finding:
-    # Imports torch, which no other check needs.
-    from listener.embedder import load_embedder
-
     try:
         embedder = load_embedder(settings)
     except ListenerError as error:
         return Finding("model", False, str(error), error.exit_code)
-    return Finding("model", True, f"{embedder.fingerprint}, {DIMENSION} numbers, float32")
+    return Finding(
+        "model", True, f"{embedder.fingerprint}, {DIMENSION} numbers, engine {embedder.engine}"
+    )
 
 
 def _check_notify(settings: Settings, wake: Connection, work: Connection) -> Finding:

@@ -12,7 +12,7 @@ import click
 import psycopg
 
 from listener.config import load_settings
-from listener.console import DATABASE, ENCODING, MODEL, SERVICE, Command, load_encoder
+from listener.console import DATABASE, ENCODING, ENGINE, MODEL, SERVICE, Command, load_encoder
 from listener.database import connect
 from listener.errors import ConfigError, ListenerError
 from listener.logs import configure_logs, redact
@@ -37,7 +37,7 @@ def check_command() -> None:
         sys.exit(codes[0])
 
 
-@click.command("status", cls=Command, settings=(*DATABASE, *MODEL, "backfill_last_n"))
+@click.command("status", cls=Command, settings=(*DATABASE, *MODEL, "precision", "backfill_last_n"))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status_command(as_json: bool) -> None:
     """Embedded, pending, parked, coverage of the last N, workers, last error."""
@@ -50,7 +50,7 @@ def status_command(as_json: bool) -> None:
         click.echo("\n".join(status_lines(status)))
 
 
-@click.command("show", cls=Command, settings=(*DATABASE, *MODEL))
+@click.command("show", cls=Command, settings=(*DATABASE, *ENGINE))
 @click.argument("event_id", metavar="ID")
 def show_command(event_id: str) -> None:
     """What would be embedded for an event, its state, and its nearest neighbours."""

@@ -1,4 +1,4 @@
-"""`listener run`, `demo`, `backfill`, `retry` and `model fetch`: what embeds or queues."""
+"""`listener run`, `demo`, `backfill`, `retry` and `model`: what embeds or queues."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import replace
 from datetime import datetime
 
 import click
-from rich.console import Console
 
 from listener import install
 from listener.backfill import follow, queue_events
@@ -26,6 +25,7 @@ from listener.console import (
 from listener.database import Connection, connect
 from listener.errors import ConfigError, EncodeHung, ListenerError, SchemaError
 from listener.logs import configure_logs
+from listener.model import fetch, locate
 from listener.queue import Queue
 from listener.report import Report, require_reports_dir, write_report
 from listener.status import read_workers
@@ -61,6 +61,9 @@ def _serve(settings: Settings, stop: Stop, *, once: bool) -> None:
 @click.option("--events", type=click.IntRange(1), help="End after this many events.")
 def demo_command(events: int | None) -> None:
     """Watch simulated device events get their vectors, on an embedded Postgres."""
+    # Only the demo is in colour.
+    from rich.console import Console
+
     from listener.demo import run_demo
 
     settings = load_settings()
@@ -79,9 +82,6 @@ def backfill_command(
     """Queue events without a current embedding, newest first, and follow them being embedded."""
     if (last is None) != everything:
         raise click.UsageError("give either --last N or --all")
-    # Imports the hub's client, a third of a second.
-    from listener.model import locate
-
     settings = load_settings()
     configure_logs(settings)
     require_reports_dir(settings)
@@ -189,6 +189,13 @@ def model_group() -> None:
 @model_group.command("fetch", cls=Command, settings=MODEL)
 def fetch_command() -> None:
     """Download the pinned revision into the local cache, on a machine that reaches a hub."""
-    from listener.model import fetch
-
     click.echo(fetch(load_settings()))
+
+
+@model_group.command("convert", cls=Command, settings=(*MODEL, "model_cache", "batch_tokens"))
+def convert_command() -> None:
+    """Make the model ready for OpenVINO, once; takes torch and some seconds."""
+    # Imports torch.
+    from listener.convert import convert
+
+    click.echo(convert(load_settings()))

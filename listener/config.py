@@ -41,6 +41,18 @@ class Settings:
     embedding_revision: str = _setting(
         GTE_SMALL_REVISION, "Commit of the hub model; not used with a directory."
     )
+    engine: str = _setting(
+        "auto",
+        "auto: OpenVINO where installed and converted, else torch; torch; openvino.",
+        choices=("auto", "torch", "openvino"),
+    )
+    precision: str = _setting(
+        "fp32", "fp32, or bf16 with OpenVINO: other vectors.", choices=("fp32", "bf16")
+    )
+    model_cache: Path = _setting(
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "iot-event-listener",
+        "Where `listener model convert` keeps what it made.",
+    )
     backfill_last_n: int = _setting(
         10_000, "Scope of the sweep at start-up and on its timer: the last N events; 0 for none."
     )

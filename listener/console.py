@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 DATABASE = ("database_url",)
 MODEL = ("embedding_model", "embedding_revision")
+ENGINE = (*MODEL, "engine", "precision", "model_cache")
 LOGS = ("log_format", "log_level")
-ENCODING = (*MODEL, "batch_tokens", "cache_texts")
+ENCODING = (*ENGINE, "batch_tokens", "cache_texts")
 SERVICE = (
     *DATABASE,
     *ENCODING,
@@ -69,7 +70,7 @@ def say(text: str) -> None:
 
 def load_encoder(settings: Settings) -> Encoder:
     """Load the model. Raises ConfigError if it is missing, damaged or of another size."""
-    # Imports torch: seconds, which only commands that encode should take.
+    # Imports numpy and what an engine needs, which only commands that encode should wait for.
     from listener.embedder import load_embedder
     from listener.encoding import Encoder
 

@@ -15,6 +15,7 @@ from listener import embedded, install
 from listener.catalogue import read_facts
 from listener.config import Settings
 from listener.database import Connection, connect
+from listener.embedder import load_embedder
 from listener.encoding import Encoder
 from listener.errors import ConfigError, ListenerError
 from listener.search import nearest
@@ -96,9 +97,6 @@ def _prepare(conn: Connection) -> None:
 def _serve_and_feed(
     settings: Settings, conn: Connection, events: int | None, stop: Stop, console: Console
 ) -> None:
-    # Imports torch, which no other command of this module's importers needs.
-    from listener.embedder import load_embedder
-
     encoder = Encoder(partial(load_embedder, settings), settings.cache_texts)
     console.print(
         f"Model: {encoder.fingerprint}\n"

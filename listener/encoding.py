@@ -15,7 +15,6 @@ from listener.config import DIMENSION
 from listener.errors import EmbeddingError, ModelFault
 
 if TYPE_CHECKING:
-    # Imports torch, which a process with another engine doesn't need.
     from listener.embedder import Embedder
 
 Vector = NDArray[np.float32]

@@ -3,31 +3,60 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-from listener.config import Settings
+from listener.config import DIMENSION, Settings
 from listener.errors import ConfigError
 
 # Weights as safetensors only; no pickles, no code, no other engines' copies of the weights.
 _FILES = ["*.json", "*.txt", "model*.safetensors", "*/config.json", "*/model*.safetensors"]
 _NOT_FILES = ["onnx/*", "openvino/*"]
+_CONFIG = "config_sentence_transformers.json"
+
+
+@dataclass(frozen=True)
+class Module:
+    """One step of a sentence-transformers model: the name of its class, and where its files are."""
+
+    kind: str
+    directory: Path
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk; `name` is name@revision."""
+    """A model on disk; `name` is name@revision, `contents` a digest or the hub's commit."""
 
     directory: Path
     name: str
+    contents: str
+    precision: str = "fp32"
 
     @property
     def fingerprint(self) -> str:
         """What is stored as `model` beside each vector: name, revision and precision."""
-        return f"{self.name}/fp32"
+        return f"{self.name}/{self.precision}"
+
+    def modules(self) -> list[Module]:
+        """What it is put together of, in order; empty if it doesn't say so readably."""
+        try:
+            listed = json.loads((self.directory / "modules.json").read_text("utf-8"))
+            return [
+                Module(one["type"].rpartition(".")[2], self.directory / one["path"])
+                for one in listed
+            ]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []
+
+    def has_prompt(self) -> bool:
+        """Whether sentence-transformers would put words before each text by itself."""
+        try:
+            config = json.loads((self.directory / _CONFIG).read_text("utf-8"))
+        except (OSError, ValueError):
+            return False
+        return bool(config.get("prompts", {}).get(config.get("default_prompt_name"), ""))
 
 
 def locate(settings: Settings) -> ModelFiles:
@@ -37,23 +66,20 @@ def locate(settings: Settings) -> ModelFiles:
     """
     directory = Path(settings.embedding_model).expanduser()
     if directory.is_dir():
-        return ModelFiles(directory, f"{_short_path(directory)}@{_digest(directory)[:12]}")
+        digest = _digest(directory)
+        name = f"{_short_path(directory)}@{digest[:12]}"
+        return ModelFiles(directory, name, digest, settings.precision)
     if settings.embedding_model.startswith(("/", ".", "~")):
         raise ConfigError(f"EMBEDDING_MODEL {settings.embedding_model} is not a directory")
-    try:
-        found = _snapshot(settings, offline=True)
-    except (LocalEntryNotFoundError, HFValidationError):
-        raise ConfigError(
-            f"EMBEDDING_MODEL {settings.embedding_model} at {settings.embedding_revision[:12]} is "
-            "neither a directory nor in the local cache; run `listener model fetch` where a hub "
-            "can be reached, or name a directory"
-        ) from None
+    found = _pinned_snapshot(settings) or _snapshot_of_the_client(settings)
     name = f"{settings.embedding_model}@{settings.embedding_revision[:12]}"
-    return ModelFiles(found, name)
+    return ModelFiles(found, name, found.name, settings.precision)
 
 
 def fetch(settings: Settings) -> Path:
     """Download the pinned revision to the local hub cache. Raises ConfigError without a hub."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         found = _snapshot(settings, offline=False)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -64,7 +90,53 @@ def fetch(settings: Settings) -> Path:
     return found
 
 
+def _pinned_snapshot(settings: Settings) -> Path | None:
+    """A full commit is a directory of the local cache: found without the hub's client.
+
+    Importing the client takes longer than loading the model.
+    """
+    from huggingface_hub import constants
+
+    if not re.fullmatch(r"[0-9a-f]{40}", settings.embedding_revision):
+        return None
+    repository = "models--" + settings.embedding_model.replace("/", "--")
+    found = Path(constants.HF_HUB_CACHE, repository, "snapshots", settings.embedding_revision)
+    return found if (found / "modules.json").is_file() else None
+
+
+def _snapshot_of_the_client(settings: Settings) -> Path:
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return _snapshot(settings, offline=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise ConfigError(
+            f"EMBEDDING_MODEL {settings.embedding_model} at {settings.embedding_revision[:12]} is "
+            "neither a directory nor in the local cache; run `listener model fetch` where a hub "
+            "can be reached, or name a directory"
+        ) from None
+
+
+def cannot_be_loaded(files: ModelFiles, error: Exception) -> ConfigError:
+    """What to raise when a library can't read the model."""
+    return ConfigError(
+        f"the model in {files.directory} can't be loaded ({type(error).__name__}: {error}); "
+        "fetch it again"
+    )
+
+
+def require_dimension(files: ModelFiles, dimension: int) -> None:
+    """Raise ConfigError if the model's vectors don't fit event_embeddings."""
+    if dimension != DIMENSION:
+        raise ConfigError(
+            f"the model in {files.directory} gives {dimension} numbers, event_embeddings holds "
+            f"{DIMENSION}; set EMBEDDING_MODEL to a {DIMENSION}-D model"
+        )
+
+
 def _snapshot(settings: Settings, *, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
     found = snapshot_download(
         settings.embedding_model,
         revision=settings.embedding_revision,

@@ -205,6 +205,17 @@ def gte_small_cache(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> P
 
 
 @pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Settings:
+    """Settings of the real weights, converted for OpenVINO."""
+    from listener.convert import convert
+
+    cache = tmp_path_factory.mktemp("model-cache")
+    settings = Settings(embedding_model=str(minilm), model_cache=cache)
+    convert(settings)
+    return settings
+
+
+@pytest.fixture(scope="session")
 def device_events() -> list[dict[str, str]]:
     """6,000 real device log events; skips where the data set isn't beside the clone."""
     if not _DATASET.exists():

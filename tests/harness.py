@@ -72,6 +72,7 @@ def vector_of(text: str) -> NDArray[np.float32]:
 class TinyEmbedder:
     """Deterministic and instant. A text with "raise", "nan" or "zero" in it misbehaves so."""
 
+    engine: str = "tiny"
     fingerprint: str = "tests/tiny@1/fp32"
     max_tokens: int | None = 512
     encoded: list[str] = field(default_factory=list)
@@ -291,6 +292,8 @@ def environment(settings: Settings, **variables: str) -> dict[str, str]:
         **os.environ,
         "DATABASE_URL": settings.database_url,
         "EMBEDDING_MODEL": settings.embedding_model,
+        "ENGINE": settings.engine,
+        "MODEL_CACHE": str(settings.model_cache),
         "REPORTS_DIR": str(settings.reports_dir),
         **variables,
     }

@@ -32,12 +32,14 @@ SETTINGS = {spec.name.upper(): spec for spec in fields(Settings)}
 # A module imports from lower lines only, never from its own.
 LAYERS = (
     {"__init__", "errors", "queries", "notify_systemd"},
-    {"config", "embedded"},
+    {"config", "embedded", "passes"},
     {"logs", "model"},
     {"database"},
     {"catalogue", "patience", "queue", "wakeup", "worker"},
-    {"backfill", "embedder", "report", "search", "status", "template"},
-    {"encoding", "install"},
+    {"backfill", "report", "search", "status", "template"},
+    {"engine_openvino", "engine_static", "engine_torch", "install"},
+    {"convert", "embedder"},
+    {"encoding"},
     {"checks", "console", "pipeline"},
     {"service"},
     {"demo"},
@@ -59,9 +61,10 @@ READS = {
     "configure_logs(": "LOG_FORMAT",
     "load_encoder(": "BATCH_TOKENS",
     "_serve(": "LEASE_SECONDS",
-    "load_embedder(": "EMBEDDING_MODEL",
+    "load_embedder(": "ENGINE",
     "locate(": "EMBEDDING_MODEL",
     "fetch(": "EMBEDDING_REVISION",
+    "convert(": "MODEL_CACHE",
     "run_demo(": "DEMO_DIR",
     "run_checks(": "NOTIFY",
 }
@@ -71,6 +74,8 @@ def default_of(spec: Field[Any]) -> str:
     """The default as the documents write it."""
     if spec.name == "demo_dir":  # as root it is another; the README says so
         return "~/.local/share/iot-event-listener"
+    if spec.name == "model_cache":  # with XDG_CACHE_HOME it is another
+        return "~/.cache/iot-event-listener"
     return f"{spec.default:g}" if isinstance(spec.default, float) else str(spec.default)
 
 
@@ -162,7 +167,11 @@ def test_the_example_environment_lists_every_setting_commented_out() -> None:
 
 def test_a_default_read_from_the_environment_is_the_default() -> None:
     """What the documents write can be set."""
-    written = {name: default_of(spec) for name, spec in SETTINGS.items() if name != "DEMO_DIR"}
+    written = {
+        name: default_of(spec)
+        for name, spec in SETTINGS.items()
+        if name not in {"DEMO_DIR", "MODEL_CACHE"}
+    }
 
     assert Settings.from_environment(written) == Settings()
 
@@ -179,8 +188,9 @@ def test_the_readme_lists_every_command_and_no_other() -> None:
 
 def test_the_readme_names_only_commands_and_options_that_exist() -> None:
     """What a reader types is understood."""
+    name = "([a-z]+(?: fetch| convert)?)"
     typed = re.findall(
-        r"^(?:\S*/)?listener ([a-z]+(?: fetch)?)(.*)$|`listener ([a-z]+(?: fetch)?)([^`]*)`",
+        rf"^(?:\S*/)?listener {name}(.*)$|`listener {name}([^`]*)`",
         README,
         re.MULTILINE,
     )

@@ -11,8 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from listener.config import GTE_SMALL_REVISION, Settings
-from listener.embedder import SentenceTransformersEmbedder, load_embedder
+from listener.embedder import load_embedder
 from listener.encoding import Encoder
+from listener.engine_torch import SentenceTransformersEmbedder
 from listener.errors import ConfigError, EmbeddingError, ModelFault
 from listener.model import locate
 from tests.harness import TinyEmbedder, listener

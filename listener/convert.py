@@ -1,0 +1,202 @@
+"""`listener model convert`: a sentence-transformers model into one that OpenVINO computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from listener import engine_openvino
+from listener.config import Settings
+from listener.engine_openvino import OpenVinoEmbedder, converted_directory, load_openvino
+from listener.engine_torch import SentenceTransformersEmbedder
+from listener.errors import ConfigError
+from listener.model import ModelFiles, locate
+
+_CONVERTIBLE = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
+# Kept with the model; at each start they are encoded again.
+_KNOWN_TEXTS = ("pump 7 reports a temperature of 71 degrees", "door left open")
+_WORDS = (
+    "pump VALVE leaking °C 71.5 door-left open Überdruck 温度 🚰 ok offline; temperature's rising"
+)
+
+
+class _UnitMean(torch.nn.Module):
+    """Token ids and mask to unit vectors: transformer, mean over the mask, length 1."""
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Shapes (n, tokens), (n, tokens) to (n, dimension)."""
+        found = self.transformer(input_ids=input_ids, attention_mask=attention_mask)
+        weight = attention_mask.unsqueeze(-1).to(torch.float32)
+        total = (found.last_hidden_state * weight).sum(1)
+        return torch.nn.functional.normalize(total / weight.sum(1).clamp(min=1e-9), dim=1)
+
+
+def convert(settings: Settings) -> Path:
+    """Convert the model of the settings once, and prove it. Returns the directory.
+
+    All or nothing, and harmless twice. Raises ConfigError if the model is not of a kind that can
+    be converted, or if its vectors would not be those of torch.
+    """
+    files = replace(locate(settings), precision="fp32")
+    load_openvino()
+    _require_convertible(files)
+    original = SentenceTransformersEmbedder(files, settings.batch_tokens)
+    target = converted_directory(files, settings)
+    if not _is_exact(original, files, target):
+        _replace(target, original, files)
+    # Fills the cache of compiled kernels, which knows the model by its path.
+    OpenVinoEmbedder(files, target, settings.batch_tokens)
+    for compiled in (target / engine_openvino.COMPILED).glob("*"):
+        compiled.chmod(0o644)  # the service may run under another account
+    return target
+
+
+def _require_convertible(files: ModelFiles) -> None:
+    kinds = [module.kind for module in files.modules()]
+    if kinds[:1] == ["StaticEmbedding"]:
+        raise ConfigError(
+            f"{files.name} is a static embedding, which needs no conversion; leave ENGINE=auto"
+        )
+    fault = ""
+    if kinds not in _CONVERTIBLE:
+        fault = f"it is made of {', '.join(kinds) or 'unknown modules'}"
+    elif (pooling := _pooling(files.modules()[1].directory)) != "mean":
+        fault = f"its pooling is {pooling}"
+    elif files.has_prompt():
+        fault = "it puts a prompt before each text"
+    if fault:
+        raise ConfigError(
+            f"{files.name} can't be converted: {fault}; only a transformer with mean pooling can, "
+            "so leave ENGINE=auto or set ENGINE=torch"
+        )
+
+
+def _pooling(directory: Path) -> str:
+    """The names of the pooling, in either spelling of its configuration."""
+    try:
+        config = json.loads((directory / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return "not readable"
+    if "pooling_mode" in config:
+        modes = config["pooling_mode"]
+        return modes if isinstance(modes, str) else "+".join(modes)
+    prefix, suffix = "pooling_mode_", "_tokens"
+    chosen = [key for key, value in config.items() if key.startswith(prefix) and value is True]
+    return "+".join(key.removeprefix(prefix).removesuffix(suffix) for key in chosen)
+
+
+def _is_exact(original: SentenceTransformersEmbedder, files: ModelFiles, directory: Path) -> bool:
+    """Whether a model converted before still does; no answer counts as no."""
+    try:
+        return _least_cosine(original, files, directory) >= engine_openvino.EXACT
+    except ConfigError:
+        return False
+
+
+def _replace(target: Path, original: SentenceTransformersEmbedder, files: ModelFiles) -> None:
+    """Write beside the target, prove, then rename: half a model is never seen."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as folder:
+            made = Path(folder) / "made"
+            made.mkdir()
+            _write(made, original, files)
+            least = _least_cosine(original, files, made)
+            if not least >= engine_openvino.EXACT:
+                raise ConfigError(
+                    f"{files.name} can't be converted: a vector differs from that of torch, "
+                    f"cosine {least:.6f}; leave ENGINE=auto or set ENGINE=torch"
+                )
+            shutil.rmtree(made / engine_openvino.COMPILED, ignore_errors=True)
+            if target.exists():
+                target.rename(Path(folder) / "old")
+            made.rename(target)
+    except OSError as error:
+        raise ConfigError(
+            f"MODEL_CACHE {target.parent.parent} can't be written ({error.strerror}); name a "
+            "directory that can"
+        ) from error
+
+
+def _write(folder: Path, original: SentenceTransformersEmbedder, files: ModelFiles) -> None:
+    import openvino
+
+    tokenizer = original.model.tokenizer
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ConfigError(
+            f"{files.name} can't be converted: it has no tokenizer.json; leave ENGINE=auto or set "
+            "ENGINE=torch"
+        )
+    graph = _traced(original.transformer())
+    openvino.save_model(graph, folder / engine_openvino.GRAPH, compress_to_fp16=False)
+    (folder / engine_openvino.TOKENIZER).write_text(_bare(tokenizer), "utf-8")
+    manifest = {
+        "format": engine_openvino.FORMAT,
+        "contents": files.contents,
+        "max_tokens": original.max_tokens,
+        "pad_id": tokenizer.pad_token_id,
+        "texts": _KNOWN_TEXTS,
+        "vectors": original.encode(_KNOWN_TEXTS).tolist(),
+    }
+    # Last: it says that the rest is there.
+    (folder / engine_openvino.MANIFEST).write_text(json.dumps(manifest), "utf-8")
+
+
+def _traced(transformer: torch.nn.Module) -> Any:
+    # load_openvino has said that the converter is not there.
+    sys.modules.pop("openvino.tools.ovc", None)
+    from openvino.tools.ovc import convert_model
+
+    # Two texts, one padded, so that neither number is taken for a constant.
+    example = {
+        "input_ids": torch.ones((2, 7), dtype=torch.int64),
+        "attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2]),
+    }
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        # The tracer doubts branches that never depend on a text; the proof below is what counts.
+        warnings.simplefilter("ignore")
+        graph = convert_model(_UnitMean(transformer).cpu().eval(), example_input=example)
+    graph.reshape({index: [-1, -1] for index in range(len(graph.inputs))})
+    return graph
+
+
+def _bare(tokenizer: Any) -> str:
+    """The tokenizer as JSON, without the padding and the cut of its last use."""
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return str(copy.to_str())
+
+
+def _least_cosine(
+    original: SentenceTransformersEmbedder, files: ModelFiles, directory: Path
+) -> float:
+    texts = _samples()
+    converted = OpenVinoEmbedder(files, directory, batch_tokens=1024)
+    together = (original.encode(texts) * converted.encode(texts)).sum(axis=1)
+    alone = [float(original.encode([t])[0] @ converted.encode([t])[0]) for t in texts[:8]]
+    return min(float(together.min()), *alone)
+
+
+def _samples() -> Sequence[str]:
+    """Some dozens of texts: empty, with spaces, of every length up to beyond the cut."""
+    words = _WORDS.split()
+    mixed = [" ".join(words[(n + i * 5) % len(words)] for i in range(n)) for n in range(1, 60)]
+    return ["", "  Pump\trunning \n hot  ", "\u200b\u0301", *mixed, " ".join(words * 60)]

@@ -1,0 +1,93 @@
+"""The engine for a static embedding: a table of vectors by token, in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+from listener.model import ModelFiles, cannot_be_loaded, require_dimension
+from listener.passes import encode_in_passes
+
+_TABLE = "embedding.weight"
+
+
+def fits(files: ModelFiles) -> bool:
+    """Whether the model is such a table and nothing else; false for what only torch can judge."""
+    kinds = [module.kind for module in files.modules()]
+    if kinds not in (["StaticEmbedding"], ["StaticEmbedding", "Normalize"]) or files.has_prompt():
+        return False
+    try:
+        with safe_open(files.modules()[0].directory / "model.safetensors", "np") as weights:
+            return list(weights.keys()) == [_TABLE]
+    except (OSError, SafetensorError):
+        return False
+
+
+class StaticEmbedder:
+    """The mean of the vectors of a text's tokens, brought to unit length; float32."""
+
+    engine = "static"
+
+    def __init__(self, files: ModelFiles, batch_tokens: int) -> None:
+        """Load the table; `batch_tokens` bounds one pass.
+
+        Raises ConfigError if the model is damaged or gives no 384 numbers.
+        """
+        self._batch_tokens = batch_tokens
+        directory = files.modules()[0].directory
+        try:
+            with safe_open(directory / "model.safetensors", "np") as weights:
+                self._table = weights.get_tensor(_TABLE).astype(np.float32, copy=False)
+            self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as error:
+            # tokenizers raises bare Exception.
+            raise cannot_be_loaded(files, error) from error
+        self._tokenizer.no_padding()
+        require_dimension(files, self._table.shape[1])
+        self.fingerprint = files.fingerprint
+        self._cut = self._tokenizer.truncation
+        self.max_tokens: int | None = self._cut["max_length"] if self._cut else None
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Shape (len(texts), 384), in the order of the texts, rows of unit length.
+
+        A text without any token gets zeros.
+        """
+        if not texts:
+            return np.zeros((0, self._table.shape[1]), np.float32)
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids = [np.array(one.ids, np.int64) for one in found]
+        lengths = np.array([len(one) for one in ids])
+        sums = encode_in_passes(
+            lengths, self._batch_tokens, lambda indices: self._sums([ids[i] for i in indices])
+        )
+        norms = np.linalg.norm(sums, axis=1, keepdims=True)
+        unit: NDArray[np.float32] = sums / np.maximum(norms, np.float32(1e-12))
+        return unit
+
+    def _sums(self, ids: list[NDArray[np.int64]]) -> NDArray[np.float32]:
+        if len(ids) == 1:
+            # A text of a megabyte must not become a table of its own.
+            tokens, counts = np.unique(ids[0], return_counts=True)
+            total: NDArray[np.float32] = counts.astype(np.float32) @ self._table[tokens]
+            return total[np.newaxis]
+        lengths = np.array([len(one) for one in ids])
+        filled = lengths > 0
+        sums = np.zeros((len(ids), self._table.shape[1]), np.float32)
+        if filled.any():
+            starts = np.cumsum(lengths[filled]) - lengths[filled]
+            rows = self._table[np.concatenate(ids)]
+            sums[filled] = np.add.reduceat(rows, starts, axis=0)
+        return sums
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens the whole text has."""
+        self._tokenizer.no_truncation()
+        count = len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        if self._cut:
+            self._tokenizer.enable_truncation(**self._cut)
+        return count

@@ -1,0 +1,104 @@
+"""The engine of the default install: sentence-transformers. Importing this imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformer
+from transformers.utils import logging as transformers_logging
+
+from listener.errors import ConfigError
+from listener.model import ModelFiles, cannot_be_loaded, require_dimension
+from listener.passes import encode_in_passes
+
+_SHORT_CHARACTERS = 300
+
+
+class SentenceTransformersEmbedder:
+    """sentence-transformers on torch: float32, no remote code, safetensors, offline.
+
+    `model` is the library's own.
+    """
+
+    engine = "torch"
+
+    def __init__(self, files: ModelFiles, batch_tokens: int) -> None:
+        """Load the model; `batch_tokens` bounds one pass of it.
+
+        Raises ConfigError if the model is damaged or gives no 384 numbers.
+        """
+        self._batch_tokens = batch_tokens
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        self._threads = torch.get_num_threads()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.model = SentenceTransformer(
+                str(files.directory),
+                device=device,
+                local_files_only=True,
+                trust_remote_code=False,
+                # The published gte-small is fp16, which a CPU computes up to 100 times slower.
+                model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise cannot_be_loaded(files, error) from error
+        _require_float32(self.model, files)
+        require_dimension(files, self.model.encode(["a"], show_progress_bar=False).shape[1])
+        self.fingerprint = files.fingerprint
+        self.max_tokens: int | None = _max_tokens(self.model)
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Shape (len(texts), 384), rows of unit length, in the order of the texts.
+
+        The longest go first, in passes of like length: padding costs as much as text.
+        """
+        if len(texts) <= 1:
+            return self._pass(texts)
+        tokens = np.minimum(self._count(texts), self.max_tokens or np.iinfo(np.int64).max)
+        return encode_in_passes(
+            tokens, self._batch_tokens, lambda indices: self._pass([texts[i] for i in indices])
+        )
+
+    def _pass(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        # Waking sleeping helper threads takes longer than they save on one short text.
+        alone = len(texts) == 1 and len(texts[0]) <= _SHORT_CHARACTERS
+        torch.set_num_threads(1 if alone else self._threads)
+        vectors: NDArray[np.float32] = self.model.encode(
+            list(texts),
+            batch_size=max(len(texts), 1),
+            normalize_embeddings=True,
+            convert_to_numpy=True,
+            show_progress_bar=False,
+        )
+        return vectors
+
+    def transformer(self) -> Any:
+        """The bare transformer, without pooling."""
+        return self.model[0].auto_model
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens the whole text has, special ones included."""
+        return self._count([text])[0]
+
+    def _count(self, texts: Sequence[str]) -> list[int]:
+        tokenizer: Any = self.model.tokenizer
+        if hasattr(tokenizer, "encode_batch"):  # a static embedding's bare tokenizer
+            return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
+        ids = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        return [len(one) for one in ids]
+
+
+def _require_float32(model: SentenceTransformer, files: ModelFiles) -> None:
+    types = {parameter.dtype for parameter in model.parameters()}
+    if types - {torch.float32}:
+        raise ConfigError(f"the model in {files.directory} has weights of {types}, not float32")
+
+
+def _max_tokens(model: SentenceTransformer) -> int | None:
+    length = model.max_seq_length
+    return int(length) if length is not None and np.isfinite(length) else None

@@ -1,0 +1,407 @@
+"""Engines: each gives the same vectors; one rule chooses; none loads what it does not use."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from listener import embedder as embedder_module
+from listener import engine_openvino
+from listener.config import Settings
+from listener.convert import convert
+from listener.embedder import choose_engine, load_embedder
+from listener.engine_openvino import converted_directory
+from listener.errors import ConfigError
+from listener.model import locate
+from tests.harness import Database, environment, listener
+
+EXACT = 0.9999
+HEAVY = ("torch", "transformers", "sentence_transformers", "openvino_telemetry")
+
+
+def mixed_texts(count: int) -> list[str]:
+    """Of 0 to beyond 512 words, most of them short, in several scripts and cases."""
+    chance = random.Random(11)  # noqa: S311  the same texts each time
+    words = [
+        "pump",
+        "Valve",
+        "LEAKING",
+        "71.5",
+        "°C",
+        "door-left",
+        "open",
+        "gateway,",
+        "lost;",
+        "offline?",
+        "it's",
+        "Überdruck",
+        "naïve",
+        "温度",
+        "过高",
+        "насос",
+        "горячий",
+        "🚰",
+        "🔥",
+        "kühl",
+        "é",
+        "\u200b",
+        "reading=0x1F",
+        "antidisestablishmentarianism",
+    ]
+    lengths = [chance.choice((3, 8, 15, 25, 60)) for _ in range(count - 4)] + [0, 250, 256, 700]
+    return [chance.choice((" ", "  ", "\n")).join(chance.choices(words, k=n)) for n in lengths]
+
+
+def least_cosine(settings: Settings, texts: list[str]) -> float:
+    """Between the engine of the settings and torch, over the texts."""
+    torch_vectors = load_embedder(replace(settings, engine="torch")).encode(texts)
+    vectors = load_embedder(settings).encode(texts)
+    assert vectors.shape == (len(texts), 384)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    return float((vectors * torch_vectors).sum(axis=1).min())
+
+
+# --- the same vectors ----------------------------------------------------------------------------
+
+
+def test_openvino_gives_the_vectors_of_torch_for_a_thousand_texts(converted: Settings) -> None:
+    """Real weights, mixed lengths and scripts, empty and cut ones among them."""
+    assert least_cosine(replace(converted, engine="openvino"), mixed_texts(1000)) >= EXACT
+
+
+def test_openvino_gives_the_vectors_of_torch_for_gte_smalls_fp16_files(
+    gte_small_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Converted to and computed in float32; 12 layers, 512 tokens."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(gte_small_cache))
+    settings = Settings(model_cache=tmp_path, engine="openvino")
+
+    folder = convert(settings)
+
+    assert (folder / engine_openvino.WEIGHTS).stat().st_size > 130_000_000
+    assert least_cosine(settings, mixed_texts(100)) >= EXACT
+    assert load_embedder(settings).max_tokens == 512
+
+
+def test_a_static_embedding_in_numpy_gives_the_vectors_of_torch_for_a_thousand_texts(
+    static_model: Path,
+) -> None:
+    """The same tokens, the same cut, the same mean."""
+    settings = Settings(embedding_model=str(static_model))
+    texts = [text for text in mixed_texts(1000) if text]
+
+    assert load_embedder(settings).engine == "static"
+    assert least_cosine(settings, texts) >= EXACT
+
+
+def test_a_text_without_tokens_is_zeros_in_a_static_embedding_and_spoils_no_other(
+    static_model: Path,
+) -> None:
+    """First, last and between others: each row is its own text's."""
+    embedder = load_embedder(Settings(embedding_model=str(static_model)))
+    texts = ["", "pump hot", "", "", "door", ""]
+
+    vectors = embedder.encode(texts)
+
+    alone = np.concatenate([embedder.encode([text]) for text in texts])
+    np.testing.assert_allclose(vectors, alone, atol=1e-6)
+    assert not vectors[[0, 2, 3, 5]].any()
+
+
+def test_openvino_gives_a_text_the_same_vector_alone_and_among_others(converted: Settings) -> None:
+    """Order and padding change nothing."""
+    embedder = load_embedder(replace(converted, engine="openvino"))
+    texts = mixed_texts(60)
+
+    alone = np.concatenate([embedder.encode([text]) for text in texts])
+
+    np.testing.assert_allclose(embedder.encode(texts), alone, atol=1e-5)
+    assert embedder.encode([]).shape == (0, 384)
+
+
+def test_both_engines_count_a_texts_tokens_alike(converted: Settings) -> None:
+    """`listener show` says the same; a count leaves the cut as it was."""
+    torch_engine = load_embedder(replace(converted, engine="torch"))
+    fast = load_embedder(replace(converted, engine="openvino"))
+    texts = mixed_texts(20)
+
+    assert [fast.count_tokens(t) for t in texts] == [torch_engine.count_tokens(t) for t in texts]
+    assert fast.max_tokens == torch_engine.max_tokens == 256
+    assert fast.encode([texts[-1]]).shape == (1, 384)
+
+
+def test_the_fingerprint_names_the_precision_and_no_engine(converted: Settings) -> None:
+    """To switch between torch and OpenVINO embeds nothing again."""
+    fast = load_embedder(replace(converted, engine="openvino")).fingerprint
+
+    assert fast == load_embedder(replace(converted, engine="torch")).fingerprint
+    assert fast.endswith("/fp32")
+    assert locate(replace(converted, precision="bf16")).fingerprint == fast[:-4] + "bf16"
+
+
+# --- which engine --------------------------------------------------------------------------------
+
+
+def chosen(settings: Settings) -> str:
+    return choose_engine(settings, locate(settings))
+
+
+def test_auto_takes_openvino_only_once_the_model_is_converted(
+    converted: Settings, tmp_path: Path
+) -> None:
+    """Without a conversion it is torch, and nothing is converted by itself."""
+    unconverted = replace(converted, model_cache=tmp_path)
+
+    assert chosen(converted) == "openvino"
+    assert chosen(unconverted) == "torch"
+    assert chosen(replace(converted, engine="torch")) == "torch"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_takes_torch_where_openvino_is_not_installed(
+    converted: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversion of before doesn't matter."""
+    monkeypatch.setattr(engine_openvino, "is_installed", lambda: False)
+
+    assert chosen(converted) == "torch"
+    with pytest.raises(
+        ConfigError, match=r"not installed; pip install 'iot-event-listener\[fast\]"
+    ):
+        load_embedder(replace(converted, engine="openvino"))
+
+
+@pytest.mark.parametrize(
+    ("build", "visible", "engine"),
+    [("2.13.0", "0", "torch"), ("2.13.0", "", "openvino"), ("2.13.0+cpu", "0", "openvino")],
+)
+def test_auto_takes_torch_where_torch_can_use_a_gpu(
+    converted: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    build: str,
+    visible: str,
+    engine: str,
+) -> None:
+    """A device that is not hidden, and a build of torch for it."""
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(embedder_module, "_DEVICES", tmp_path)
+    monkeypatch.setattr("listener.embedder.metadata.version", lambda _: build)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    assert chosen(converted) == engine
+
+
+def test_openvino_without_a_conversion_names_the_command(
+    converted: Settings, tmp_path: Path
+) -> None:
+    """Exit 2, one line."""
+    settings = replace(converted, engine="openvino", model_cache=tmp_path)
+
+    finished = listener(settings, "run", check=False)
+
+    assert finished.returncode == 2
+    assert "run `listener model convert`" in finished.stderr
+    assert len(finished.stderr.splitlines()) == 1
+
+
+def test_bf16_is_refused_by_a_cpu_or_an_engine_without_it(
+    converted: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never a fp32 vector under the name of bf16."""
+    settings = replace(converted, precision="bf16")
+    monkeypatch.setattr("openvino.Core.get_property", lambda *_: ["FP32"])
+
+    with pytest.raises(ConfigError, match="this CPU has no bf16"):
+        load_embedder(settings)
+    with pytest.raises(ConfigError, match="PRECISION=bf16 is for OpenVINO"):
+        load_embedder(replace(settings, engine="torch"))
+
+
+# --- conversion ----------------------------------------------------------------------------------
+
+
+def test_a_second_conversion_keeps_the_first(converted: Settings) -> None:
+    """Harmless twice: a service that runs on it is not disturbed."""
+    folder = converted_directory(locate(converted), converted)
+    before = (folder / engine_openvino.MANIFEST).stat()
+
+    assert convert(converted) == folder
+    after = (folder / engine_openvino.MANIFEST).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_conversion_whose_vectors_differ_leaves_nothing(
+    converted: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof at its end is no formality."""
+    monkeypatch.setattr(engine_openvino, "EXACT", 1.1)
+
+    with pytest.raises(ConfigError, match="differs from that of torch"):
+        convert(replace(converted, model_cache=tmp_path))
+
+    assert list((tmp_path / "openvino").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"1_Pooling/config.json": {"pooling_mode_cls_token": True}}, "its pooling is cls"),
+        ({"1_Pooling/config.json": {"pooling_mode": "max"}}, "its pooling is max"),
+        ({"modules.json": [{"type": "a.Transformer", "path": ""}]}, "made of Transformer"),
+        (
+            {
+                "config_sentence_transformers.json": {
+                    "prompts": {"query": "query: "},
+                    "default_prompt_name": "query",
+                }
+            },
+            "puts a prompt",
+        ),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(
+    minilm: Path, tmp_path: Path, change: dict[str, object], says: str
+) -> None:
+    """One clear line, and auto stays with torch."""
+    model = tmp_path / "other"
+    shutil.copytree(minilm, model)
+    for name, content in change.items():
+        (model / name).write_text(json.dumps(content))
+    settings = Settings(embedding_model=str(model), model_cache=tmp_path / "cache")
+
+    with pytest.raises(ConfigError, match=says):
+        convert(settings)
+
+    assert chosen(settings) == "torch"
+    assert not settings.model_cache.exists()
+
+
+def test_a_static_embedding_is_told_that_it_needs_no_conversion(static_model: Path) -> None:
+    """It runs without torch as it is."""
+    with pytest.raises(ConfigError, match="needs no conversion"):
+        convert(Settings(embedding_model=str(static_model)))
+
+
+def test_a_cache_that_cannot_be_written_is_a_configuration_error(
+    converted: Settings, tmp_path: Path
+) -> None:
+    """Named with its variable."""
+    (tmp_path / "file").touch()
+
+    with pytest.raises(ConfigError, match=r"MODEL_CACHE .* can't be written"):
+        convert(replace(converted, model_cache=tmp_path / "file"))
+
+
+# --- files that are not right --------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(converted: Settings, tmp_path: Path) -> Settings:
+    """The converted model in a cache of the test's own, to be damaged."""
+    shutil.copytree(converted.model_cache, tmp_path / "cache")
+    return replace(converted, model_cache=tmp_path / "cache", engine="openvino")
+
+
+def test_the_converted_model_of_another_is_never_used(copied: Settings, tmp_path: Path) -> None:
+    """Not by its name, nor if its files are put where this one's should be."""
+    other = tmp_path / "model"  # the same last part of the path
+    shutil.copytree(copied.embedding_model, other)
+    (other / "vocab.txt").write_text("other")
+    settings = replace(copied, embedding_model=str(other))
+    theirs = converted_directory(locate(copied), copied)
+    ours = converted_directory(locate(settings), settings)
+
+    with pytest.raises(ConfigError, match="is not converted"):
+        load_embedder(settings)
+    theirs.rename(ours)
+    with pytest.raises(ConfigError, match=r"can't be loaded \(ValueError: it is of"):
+        load_embedder(settings)
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _zero_the_middle(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    start, end = len(content) * 6 // 10, len(content) * 8 // 10
+    content[start:end] = bytes(end - start)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (engine_openvino.WEIGHTS, _truncate),
+        (engine_openvino.WEIGHTS, _zero_the_middle),
+        (engine_openvino.WEIGHTS, Path.unlink),
+        (engine_openvino.GRAPH, _truncate),
+        (engine_openvino.TOKENIZER, _truncate),
+        (engine_openvino.MANIFEST, _truncate),
+    ],
+)
+def test_a_damaged_converted_model_is_a_configuration_error_until_converted_again(
+    copied: Settings, name: str, damage: Callable[[Path], None]
+) -> None:
+    """The message names the command, and the command puts it right."""
+    damage(converted_directory(locate(copied), copied) / name)
+
+    with pytest.raises(ConfigError, match=r"can't be loaded .*run `listener model convert`"):
+        load_embedder(copied)
+    convert(copied)
+    assert load_embedder(copied).encode(["a"]).shape == (1, 384)
+
+
+# --- a lean start --------------------------------------------------------------------------------
+
+
+_RUN_AND_TELL = f"""
+import sys
+from listener.cli import main
+try:
+    main()
+except SystemExit as end:
+    loaded = [name for name in {HEAVY!r} if sys.modules.get(name)]
+    print(f"loaded: {{loaded}}, exit: {{end.code or 0}}")
+"""
+
+
+@pytest.mark.parametrize("model", ["converted", "static"])
+@pytest.mark.parametrize(
+    "arguments", [("run", "--once"), ("check",), ("search", "pump"), ("show",)]
+)
+def test_no_command_imports_torch_with_a_converted_or_static_model(
+    database: Database,
+    converted: Settings,
+    static_model: Path,
+    model: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Nor what comes with it, nor what would report to the makers of OpenVINO."""
+    path = str(static_model) if model == "static" else converted.embedding_model
+    settings = replace(database.settings, embedding_model=path, model_cache=converted.model_cache)
+    event_id = str(database.insert("pump hot")[0])
+    if arguments == ("search", "pump"):
+        listener(settings, "run", "--once")
+
+    finished = subprocess.run(
+        [sys.executable, "-c", _RUN_AND_TELL, *arguments, *([event_id] * (arguments == ("show",)))],
+        env=environment(settings),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert finished.stdout.splitlines()[-1] == "loaded: [], exit: 0", finished.stderr
