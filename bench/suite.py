@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import devices, drain, latency, writers
+from bench import devices, drain, health, latency, peers, scale, systems, writers
 from bench.cluster import Cluster, running_cluster
 from bench.machine import describe_machine
 from bench.models import GTE_SHAPE, MINILM, find_model
@@ -27,11 +27,18 @@ class Sizes:
     inserts: int = 200
     texts: int = 5_000
     drain_rounds: int = 3
-    drain_models: tuple[str, ...] = (MINILM, GTE_SHAPE)
+    models: tuple[str, ...] = (MINILM, GTE_SHAPE)
     sample: int = 500
-    clients: tuple[int, ...] = (1, 8, 32)
+    clients: tuple[int, ...] = (1, 8, 32, 64)
     seconds: int = 5
-    writer_rounds: int = 5
+    writer_rounds: int = 3
+    peer_texts: int = 5_000
+    peer_events: int = 10_000
+    peer_rounds: int = 3
+    peer_inserts: int = 100
+    sizes: tuple[int, ...] = scale.SIZES
+    backlog: int = 1_000_000
+    held_seconds: int = 300
 
 
 FULL = Sizes()
@@ -39,11 +46,18 @@ QUICK = Sizes(
     inserts=20,
     texts=300,
     drain_rounds=1,
-    drain_models=(MINILM,),
+    models=(MINILM,),
     sample=100,
     clients=(1, 32),
     seconds=1,
     writer_rounds=1,
+    peer_texts=100,
+    peer_events=500,
+    peer_rounds=1,
+    peer_inserts=20,
+    sizes=(10_000, 50_000),
+    backlog=10_000,
+    held_seconds=10,
 )
 
 
@@ -63,13 +77,33 @@ def write_report(text: str) -> Path:
 
 
 def _sections(cluster: Cluster, sizes: Sizes) -> Iterator[Section]:
-    minilm = find_model(MINILM, cluster.folder)
-    yield latency.run(cluster, minilm, sizes.inserts)
-    for name in sizes.drain_models:
+    samples = writers.measure(cluster, sizes.clients, sizes.seconds, sizes.writer_rounds)
+    yield peers.run(
+        cluster,
+        sizes.peer_texts,
+        sizes.peer_events,
+        sizes.peer_rounds,
+        sizes.peer_inserts,
+        writers.rows(samples),
+    )
+    yield writers.section(samples, sizes.seconds)
+    for name, engine in _models_and_engines(sizes):
         model = find_model(name, cluster.folder)
-        yield drain.run(cluster, model, sizes.texts, sizes.drain_rounds)
-    yield devices.run(cluster, minilm, sizes.sample)
-    yield writers.run(cluster, sizes.clients, sizes.seconds, sizes.writer_rounds)
+        yield latency.run(cluster, model, sizes.inserts, engine)
+        yield drain.run(cluster, model, sizes.texts, sizes.drain_rounds, engine)
+    yield devices.run(cluster, find_model(MINILM, cluster.folder), sizes.sample)
+    yield scale.run(sizes.sizes)
+    yield health.backlog(cluster, sizes.backlog)
+    yield health.held_snapshot(cluster, sizes.held_seconds)
+
+
+def _models_and_engines(sizes: Sizes) -> list[tuple[str, str]]:
+    """Every engine with the shape of the model that the service takes by default."""
+    return [
+        (name, engine)
+        for name in sizes.models
+        for engine in (systems.engines() if name == GTE_SHAPE else [systems.TORCH])
+    ]
 
 
 def _markdown(machine: str, sections: Sequence[Section]) -> str:
