@@ -9,7 +9,7 @@ import numpy as np
 from bench.cluster import install_listener
 from bench.progress import BenchError, say
 from listener.config import DIMENSION, Settings
-from listener.database import Connection, connect
+from listener.database import Connection, connect, register_vector
 
 # Of the server that loads: what is inserted after a truncate in the same transaction needs no WAL.
 OPTIONS = ("wal_level=minimal", "max_wal_senders=0", "max_wal_size=4GB", "checkpoint_timeout=15min")
@@ -52,6 +52,8 @@ def load(url: str, fingerprint: str, events: int, lacking: int) -> None:
             conn.execute("truncate public.iot_events")
             conn.execute(_EVENTS, {"events": events})
         install_listener(url, ["message"])
+        # The type is new.
+        register_vector(conn)
         _embed(conn, fingerprint, events - lacking)
         for table in ("public.iot_events", "public.event_embeddings"):
             conn.execute(f"vacuum (freeze, analyze) {table}".encode())

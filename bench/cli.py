@@ -7,10 +7,21 @@ import signal
 
 import click
 
-from bench import devices, drain, health, latency, peers, scale, suite, systems, writers
+from bench import (
+    devices,
+    drain,
+    health,
+    latency,
+    peers,
+    scale,
+    suite,
+    systems,
+    trigger_parts,
+    writers,
+    writes,
+)
 from bench.cluster import running_cluster
 from bench.models import MINILM, find_model
-from bench.progress import say
 from bench.quiet import never_wait
 from bench.suite import FULL, QUICK
 
@@ -40,10 +51,8 @@ def cli(context: click.Context, quick: bool, rough: bool) -> None:
         never_wait()
     if context.invoked_subcommand is not None:
         return
-    text = suite.run_all(QUICK if quick else FULL)
+    text = suite.run_all(QUICK if quick else FULL, None if quick else suite.REPORT)
     click.echo(text, nl=False)
-    if not quick:
-        say(f"report in {suite.write_report(text)}")
 
 
 @cli.command("peers")
@@ -55,9 +64,10 @@ def cli(context: click.Context, quick: bool, rough: bool) -> None:
 def peers_command(texts: int, events: int, rounds: int, inserts: int, seconds: int) -> None:
     """The listener beside procrastinate, pgqueuer and the plain recipe."""
     with running_cluster() as cluster:
-        samples = writers.measure(cluster, peers.CLIENTS, seconds, rounds)
-        given = writers.rows(samples)
-        click.echo(peers.run(cluster, texts, events, rounds, inserts, given).markdown())
+        rows = peers.drain_rows(cluster, texts, events, rounds)
+        rows += peers.latency_rows(cluster, inserts)
+        rows += writers.rows(writers.measure(cluster, peers.CLIENTS, seconds, rounds))
+        click.echo(peers.section(rows, rounds).markdown())
 
 
 @cli.command("latency")
@@ -140,6 +150,31 @@ def health_command(backlog: int, held_seconds: int) -> None:
         click.echo(health.backlog(cluster, backlog).markdown())
         click.echo()
         click.echo(health.held_snapshot(cluster, held_seconds).markdown())
+
+
+@cli.command("writes")
+@click.option(
+    "--rows",
+    type=click.IntRange(1),
+    multiple=True,
+    default=FULL.rows,
+    show_default=True,
+    help="In one write; may be given several times.",
+)
+@click.option("--filled", type=click.IntRange(0), default=FULL.filled, show_default=True)
+def writes_command(rows: tuple[int, ...], filled: int) -> None:
+    """The fenced write beside other ways to store the same rows."""
+    with running_cluster() as cluster:
+        click.echo(writes.run(cluster, rows, filled).markdown())
+
+
+@cli.command("trigger")
+@click.option("--seconds", type=click.IntRange(1), default=FULL.seconds, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=FULL.writer_rounds, show_default=True)
+def trigger_command(seconds: int, rounds: int) -> None:
+    """What each part of the trigger costs a writer."""
+    with running_cluster() as cluster:
+        click.echo(trigger_parts.run(cluster, trigger_parts.CLIENTS, seconds, rounds).markdown())
 
 
 def main() -> None:
