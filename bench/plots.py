@@ -11,7 +11,7 @@ from bench.systems import LISTENER
 from bench.writer_runs import Sample, tps
 from bench.writers import NOTHING, TRIGGER
 
-_OURS, _THEIRS, _BASELINE = "#1f6f8b", "#b8b8b8", "#c0392b"
+_OURS, _THEIRS, _BASELINE = "#1f6f8b", "#b8b8b8", "#444444"
 _MARKED = {NOTHING: _BASELINE, TRIGGER: "#7fb8cc", LISTENER: _OURS}
 
 
