@@ -24,7 +24,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 check: lint test ## what CI runs
 
-bench: $(VENV)/.dev ## the measurements, into _reports/
+bench: $(VENV)/.bench ## the measurements beside peers, tables and plots into _reports/
 	$(BIN)/python -m bench
 
 soak: $(VENV)/.dev ## load and random faults for MINUTES (10), into _reports/
@@ -36,7 +36,8 @@ soak: $(VENV)/.dev ## load and random faults for MINUTES (10), into _reports/
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 
-# Two stamps: the demo needs no linters, and `make test` after `make run` adds only what is missing.
+# Three stamps: the demo needs no linters, the tests no peers, and `make test` after `make run` adds only
+# what is missing.
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
@@ -46,3 +47,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,bench]'
+	touch $@ $(VENV)/.dev $(VENV)/.demo

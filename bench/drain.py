@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
+from bench import systems
 from bench.bare_encode import BATCH_SIZE, bare_seconds
-from bench.cluster import Cluster, install_listener
+from bench.cluster import Cluster
 from bench.models import Model
-from bench.processes import service
 from bench.progress import BenchError, say
 from bench.quiet import wait_for_quiet
 from bench.report import Section, at_least
+from bench.systems import OPENVINO, TORCH, System
 from bench.texts import copy_messages, embedded_texts, random_texts
 from listener.config import Settings
 from listener.database import connect
 
-_TARGET = 0.9
+# Of the bare torch encode. The other engines run the same model faster.
+_TARGETS = {TORCH: 0.97, OPENVINO: 1.1}
 _PATIENCE_SECONDS = 600.0
 _LACKING = """
 select count(*)
@@ -39,27 +41,29 @@ class Round:
         return self.bare / self.service
 
 
-def run(cluster: Cluster, model: Model, texts: int, rounds: int) -> Section:
+def run(cluster: Cluster, model: Model, texts: int, rounds: int, engine: str = TORCH) -> Section:
     """Each round a fresh database, a fresh bare process and a fresh service."""
+    system = systems.listener(engine)
+    systems.prepare(system, model.directory)
     measured = []
     for number in range(rounds):
-        measured.append(_round(cluster, model, texts, seed=number))
+        measured.append(_round(cluster, system, model, texts, seed=number))
         say(
-            f"drain: {model.name}, round {number + 1} of {rounds}: bare "
+            f"drain: {model.name}, {engine}, round {number + 1} of {rounds}: bare "
             f"{measured[-1].bare:.2f} s, service {measured[-1].service:.2f} s"
         )
-    return _section(model, texts, measured)
+    return _section(model, engine, texts, measured)
 
 
-def _round(cluster: Cluster, model: Model, count: int, seed: int) -> Round:
+def _round(cluster: Cluster, system: System, model: Model, count: int, seed: int) -> Round:
     with cluster.database("drain") as url:
-        install_listener(url, ["message"])
+        system.install(url)
         copy_messages(url, random_texts(count, seed))
         texts = embedded_texts(url)
         wait_for_quiet()
         bare = bare_seconds(model.directory, texts, cluster.folder)
         wait_for_quiet()
-        with service(cluster, url, model.directory) as process:
+        with system.worker(cluster, url, model.directory) as process:
             batches = process.wait_for_stored(count, _PATIENCE_SECONDS)
             seconds = batches[-1].seconds - process.wait_for("listening").seconds
         require_all_embedded(url)
@@ -74,7 +78,7 @@ def require_all_embedded(url: str) -> None:
         raise BenchError(f"events without a vector after the drain: {row}")
 
 
-def _section(model: Model, texts: int, rounds: list[Round]) -> Section:
+def _section(model: Model, engine: str, texts: int, rounds: list[Round]) -> Section:
     rows = [
         (
             str(number),
@@ -87,12 +91,16 @@ def _section(model: Model, texts: int, rounds: list[Round]) -> Section:
     ]
     ratio = median(one.ratio for one in rounds)
     return Section(
-        f"Drain, model {model.name}",
+        f"Drain, model {model.name}, engine {engine}",
         f"{texts} distinct texts of about 20 tokens, inserted while no service runs. Bare: a "
         f"process of its own that calls `SentenceTransformer.encode(texts, "
-        f"batch_size={BATCH_SIZE})` on the very texts, loading not counted. Service: from LISTEN "
-        "live, before the first claim, to the commit of the last vector, both by the service's "
-        "log. A fresh database and fresh processes each round; the ratio is bare by service.",
+        f"batch_size={BATCH_SIZE})` with torch on the very texts, loading not counted. Service: "
+        "from LISTEN live, before the first claim, to the commit of the last vector, both by the "
+        "service's log. A fresh database and fresh processes each round; the ratio is bare by "
+        "service.",
         ("round", "bare, s", "service, s", "events/s", "ratio"),
-        (*rows, ("**median**", "", "", "", f"**{ratio:.3f}** ({at_least(ratio, _TARGET)})")),
+        (
+            *rows,
+            ("**median**", "", "", "", f"**{ratio:.3f}** ({at_least(ratio, _TARGETS[engine])})"),
+        ),
     )

@@ -37,6 +37,14 @@ def describe_machine(cluster: Cluster) -> str:
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 
 
+def machine_in_a_line(cluster: Cluster) -> str:
+    """For the foot of a picture."""
+    with cluster.admin() as conn:
+        row = conn.execute("select current_setting('server_version')").fetchone()
+    assert row is not None
+    return f"{_processor()}, {os.cpu_count()} cores; PostgreSQL {row[0]}; torch {version('torch')}"
+
+
 def _processor() -> str:
     """The kernel's name for it where there is one; Python's own is often empty on Linux."""
     facts = Path("/proc/cpuinfo")

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -89,39 +89,48 @@ class LoggedProcess:
 
 
 @contextmanager
-def service(cluster: Cluster, url: str, model: Path) -> Iterator[LoggedProcess]:
-    """`listener run` with default settings, once it listens; ended with the block."""
+def service(
+    cluster: Cluster, url: str, model: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[LoggedProcess]:
+    """`listener run` with default settings but for `environment`, once it listens."""
     # Not in the repository: a .env there would change what is measured.
     command = [sys.executable, "-m", "listener", "run"]
-    with _logged(command, cluster.folder, url, model, cluster.folder / "service.log") as process:
-        process.wait_for("listening")
+    where = cluster.folder
+    with _worker(command, where, url, model, where / "service.log", environment or {}) as process:
         yield process
 
 
 @contextmanager
-def plain_worker(cluster: Cluster, url: str, model: Path) -> Iterator[LoggedProcess]:
-    """The plain recipe's worker, once it listens; ended with the block."""
-    command = [sys.executable, "-m", "bench.plain_recipe"]
-    with _logged(command, REPOSITORY, url, model, cluster.folder / "plain.log") as process:
-        process.wait_for("listening")
+def peer(cluster: Cluster, url: str, model: Path, *command: str) -> Iterator[LoggedProcess]:
+    """A worker that is a module of bench/ with its arguments, once it listens."""
+    log = cluster.folder / f"{command[0]}.log"
+    with _worker([sys.executable, "-m", *command], REPOSITORY, url, model, log, {}) as process:
         yield process
 
 
 @contextmanager
-def _logged(
-    command: list[str], folder: Path, url: str, model: Path, log: Path
+def _worker(
+    command: list[str],
+    folder: Path,
+    url: str,
+    model: Path,
+    log: Path,
+    environment: Mapping[str, str],
 ) -> Iterator[LoggedProcess]:
+    own = {"DATABASE_URL": url, "EMBEDDING_MODEL": str(model), **environment}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env={**clean_environment(), "DATABASE_URL": url, "EMBEDDING_MODEL": str(model)},
+            env={**clean_environment(), **own},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
     try:
-        yield LoggedProcess(process, log)
+        logged = LoggedProcess(process, log)
+        logged.wait_for("listening")
+        yield logged
     finally:
         process.terminate()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
@@ -34,16 +35,14 @@ def _common_words() -> list[str]:
     return words[:_COMMONEST]
 
 
-def copy_messages(url: str, messages: Sequence[str]) -> None:
-    """One COPY of an event for each message."""
+def copy_messages(url: str, messages: Sequence[str]) -> float:
+    """One COPY of an event for each message. Returns time.perf_counter() at its commit."""
     copy = "copy public.iot_events (device_id, event_type, severity, message) from stdin"
-    with (
-        connect(Settings(database_url=url), "bench") as conn,
-        conn.cursor() as cursor,
-        cursor.copy(copy) as rows,
-    ):
-        for message in messages:
-            rows.write_row(("pump-1", "status", "info", message))
+    with connect(Settings(database_url=url), "bench") as conn:
+        with conn.cursor() as cursor, cursor.copy(copy) as rows:
+            for message in messages:
+                rows.write_row(("pump-1", "status", "info", message))
+        return time.perf_counter()
 
 
 def embedded_texts(url: str) -> list[str]:

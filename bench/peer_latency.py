@@ -1,0 +1,50 @@
+"""Commit to visible on an idle system, for the listener and each of its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from bench import systems
+from bench.cluster import Cluster
+from bench.latency import Samples, measure, quantiles
+from bench.models import Model
+from bench.report import at_most
+from bench.rows import Row
+from bench.systems import LISTENER, OPENVINO, System
+from bench.texts import random_texts
+
+_FAST = f"{LISTENER}, {OPENVINO}"
+_TARGETS = (12.0, 30.0)
+_TARGET_OVERHEAD = 3.0
+
+
+def rows(cluster: Cluster, model: Model, tested: Sequence[System], inserts: int) -> list[Row]:
+    """p50 and p99, each beside the bare encode's at the same gaps."""
+    texts = random_texts(inserts, seed=7)
+    samples: dict[str, Samples] = {}
+    for system in tested:
+        systems.prepare(system, model.directory)
+        samples[system.name] = measure(cluster, system, model, texts)
+    return [_row(model, samples, place, name) for place, name in enumerate(("p50", "p99"))]
+
+
+def _row(model: Model, samples: dict[str, Samples], place: int, name: str) -> Row:
+    values = {system: quantiles(taken.visible)[place] for system, taken in samples.items()}
+    # Of torch, taken anew beside each system; the fast engine's is in the section on latency.
+    bare = [quantiles(taken.gapped)[place] for system, taken in samples.items() if system != _FAST]
+    verdict = f"{_FAST}: {at_most(values[_FAST], _TARGETS[place])}" if _FAST in values else ""
+    if name == "p50":
+        overhead = values[LISTENER] - median(samples[LISTENER].gapped)
+        ours = f"overhead {overhead:.2f} {at_most(overhead, _TARGET_OVERHEAD)}"
+        verdict = f"{ours}; {verdict}" if verdict else ours
+    return Row(
+        f"commit to visible, idle, {model.name}, {name}",
+        "ms",
+        f"bare encode {name}",
+        median(bare),
+        values,
+        more_is_better=False,
+        decimals=1,
+        verdict=verdict,
+    )
