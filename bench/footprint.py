@@ -22,6 +22,7 @@ from listener.database import connect
 _STARTS = 5
 # It has worked by then, and what a start leaves to do is done.
 _SETTLE_SECONDS = 20.0
+_PATIENCE_SECONDS = 120.0
 _TARGET_READY_SECONDS, _TARGET_MEBIBYTES, _TARGET_CPU, _TARGET_QUERIES = 2.0, 450.0, 0.005, 2.0
 
 # Each statement of a worker is a transaction of its own.
@@ -57,7 +58,7 @@ def run(cluster: Cluster, model: Model, idle: float, engine: str) -> Section:
         with system.worker(cluster, url, model.directory) as process:
             with connect(Settings(database_url=url), "bench") as conn:
                 conn.execute(_INSERT)
-            process.wait_for_stored(500, _SETTLE_SECONDS)
+            process.wait_for_stored(500, _PATIENCE_SECONDS)
             time.sleep(_SETTLE_SECONDS)
             found = _watch(process, url, ready, idle)
     return _section(model, engine, found, idle)
