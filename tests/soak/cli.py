@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from bench import systems
 from bench.processes import REPOSITORY
 from bench.progress import say
 from bench.report import Section
@@ -52,13 +53,19 @@ def kills_command(count: int, out: Path) -> None:
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--kill-every", type=click.FloatRange(0.1), default=4, show_default=True)
 @click.option("--crash-every", type=click.FloatRange(0.1), default=8, show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(systems.engines()),
+    default=systems.engines()[-1],
+    show_default=True,
+)
 @click.option("--out", type=click.Path(path_type=Path), default=_REPORTS / "soak_throughput.md")
 def throughput_command(
-    seconds: float, rounds: int, kill_every: float, crash_every: float, out: Path
+    seconds: float, rounds: int, kill_every: float, crash_every: float, engine: str, out: Path
 ) -> None:
     """Vectors a second of a backlog, undisturbed, under kills, and under crashes of the server."""
     every = throughput.Every(kill_every, crash_every)
-    _write("Throughput under faults", throughput.run(seconds, rounds, every), out)
+    _write("Throughput under faults", throughput.run(seconds, rounds, every, engine), out)
 
 
 def _write(title: str, result: tuple[str, Section], out: Path) -> None:
