@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import tempfile
 import warnings
@@ -121,7 +120,7 @@ def _replace(target: Path, original: SentenceTransformersEmbedder, files: ModelF
                     f"{files.name} can't be converted: a vector differs from that of torch, "
                     f"cosine {least:.6f}; leave ENGINE=auto or set ENGINE=torch"
                 )
-            shutil.rmtree(made / engine_openvino.COMPILED, ignore_errors=True)
+            (made / engine_openvino.COMPILED).mkdir()
             if target.exists():
                 target.rename(Path(folder) / "old")
             made.rename(target)

@@ -56,8 +56,7 @@ def is_installed() -> bool:
 
 def converted_directory(files: ModelFiles, settings: Settings) -> Path:
     """Where the converted model is, or would be: by its contents, so that none serves another."""
-    short = files.name.partition("@")[0].rpartition("/")[2]
-    return settings.model_cache / "openvino" / f"{short}-{files.contents[:16]}"
+    return settings.model_cache / "openvino" / files.contents[:24]
 
 
 def is_ready(files: ModelFiles, settings: Settings) -> bool:
@@ -162,9 +161,10 @@ def _compile(core: Any, directory: Path, precision: str) -> Any:
         "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)),
         # Two workers that both pin their threads to core 0 wait for each other.
         "ENABLE_CPU_PINNING": False,
-        # What compiling gives, kept: `listener model convert` fills it.
-        "CACHE_DIR": str(directory / COMPILED),
     }
+    # What compiling gives, kept. `listener model convert` makes it; OpenVINO fails where it can't.
+    if (directory / COMPILED).is_dir():
+        options["CACHE_DIR"] = str(directory / COMPILED)
     return core.compile_model(str(directory / GRAPH), "CPU", options)
 
 

@@ -314,6 +314,14 @@ def copied(converted: Settings, tmp_path: Path) -> Settings:
     return replace(converted, model_cache=tmp_path / "cache", engine="openvino")
 
 
+def test_a_model_that_moves_stays_converted(converted: Settings, tmp_path: Path) -> None:
+    """Contents count, not the path."""
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(converted.embedding_model, moved)
+
+    assert chosen(replace(converted, embedding_model=str(moved))) == "openvino"
+
+
 def test_the_converted_model_of_another_is_never_used(copied: Settings, tmp_path: Path) -> None:
     """Not by its name, nor if its files are put where this one's should be."""
     other = tmp_path / "model"  # the same last part of the path
