@@ -6,9 +6,12 @@ import os
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from bench.cluster import Cluster
+
+_PEERS = ("procrastinate", "pgqueuer")
 
 _VERSIONS = """
 select
@@ -31,6 +34,8 @@ def describe_machine(cluster: Cluster) -> str:
         "PostgreSQL": f"{server}, fsync {fsync}, synchronous_commit {synchronous}",
         "pgvector": vector,
         "torch": f"{version('torch')}, sentence-transformers {version('sentence-transformers')}",
+        "Peers": ", ".join(f"{name} {version(name)}" for name in _PEERS if find_spec(name))
+        or "none",
         "Load average at the start": f"{os.getloadavg()[0]:.2f}",
         "Python": platform.python_version(),
     }
