@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,7 +91,7 @@ class Encoder:
                 f"the model gave an array of {vectors.shape} for {len(texts)} texts, "
                 f"not {DIMENSION} numbers each"
             )
-        return [_checked(vector) for vector in vectors]
+        return _checked(vectors)
 
     def _require_working_model(self) -> None:
         """Some texts failed. If a known good one fails too, it is not the texts."""
@@ -106,10 +107,15 @@ class Encoder:
             self._cache.popitem(last=False)
 
 
-def _checked(vector: Vector) -> Vector | EmbeddingError:
-    if not np.isfinite(vector).all():
-        return EmbeddingError("the model gave a vector with NaN or infinity")
-    length = float(np.linalg.norm(vector))
-    if abs(length - 1) > _UNIT_TOLERANCE:
+def _checked(vectors: Vector) -> list[Vector | EmbeddingError]:
+    """Each row, or why it must not be stored."""
+    return [
+        vector if abs(length - 1) <= _UNIT_TOLERANCE else _refused(float(length))
+        for vector, length in zip(vectors, np.linalg.norm(vectors, axis=1), strict=True)
+    ]
+
+
+def _refused(length: float) -> EmbeddingError:
+    if math.isfinite(length):
         return EmbeddingError(f"the model gave a vector of length {length:.4f} instead of 1")
-    return vector
+    return EmbeddingError("the model gave a vector with NaN or infinity")

@@ -17,7 +17,7 @@ from psycopg import errors
 
 from listener import queries
 from listener.config import Settings
-from listener.database import Connection, translated
+from listener.database import Connection, Vectors, translated
 from listener.logs import log
 
 EventId = int | str | UUID
@@ -208,7 +208,7 @@ class Queue:
                 event_ids=[event.event_id for event in events],
                 versions=[event.version for event in events],
                 hashes=[content_hash(event.text) for event in events],
-                embeddings=list(vectors),
+                embeddings=Vectors(np.stack(vectors)),
                 lease=lease,
                 model=model,
             )

@@ -35,7 +35,8 @@ def start_with_claim(spawn: Spawn, database: Database) -> Command:
     worker = start(spawn, database)
     worker.wait_for("event=listening")
     database.insert("slow")
-    wait_until(lambda: database.leased() == 1)
+    # Not only claimed: one that is stopped before it has read the text has nothing to write.
+    worker.wait_for("event=encoding_slowly")
     return worker
 
 

@@ -7,6 +7,7 @@ process kills itself.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from listener import cli, commands_run
 from listener.config import Settings
 from listener.encoding import Encoder
+from listener.logs import log
 from listener.queue import Queue
 from listener.wakeup import Wakeup
 from tests.harness import TinyEmbedder
@@ -44,6 +46,7 @@ class DeadlyEmbedder(TinyEmbedder):
         while any("hang" in text for text in texts):
             time.sleep(1)
         if "HURRY" not in os.environ and any("slow" in text for text in texts):
+            log(logging.INFO, "encoding_slowly")
             time.sleep(2)
         return super().encode(texts)
 

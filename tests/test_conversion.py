@@ -1,0 +1,162 @@
+"""`listener model convert`: all or nothing, proved, and never another model's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from listener import engine_openvino
+from listener.config import Settings
+from listener.convert import convert
+from listener.embedder import load_embedder
+from listener.engine_openvino import converted_directory
+from listener.errors import ConfigError
+from listener.model import locate
+
+# --- conversion ----------------------------------------------------------------------------------
+
+
+def test_a_second_conversion_keeps_the_first(converted: Settings) -> None:
+    """Harmless twice: a service that runs on it is not disturbed."""
+    folder = converted_directory(locate(converted), converted)
+    before = (folder / engine_openvino.MANIFEST).stat()
+
+    assert convert(converted) == folder
+    after = (folder / engine_openvino.MANIFEST).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_conversion_whose_vectors_differ_leaves_nothing(
+    converted: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof at its end is no formality."""
+    monkeypatch.setattr(engine_openvino, "EXACT", 1.1)
+
+    with pytest.raises(ConfigError, match="differs from that of torch"):
+        convert(replace(converted, model_cache=tmp_path))
+
+    assert list((tmp_path / "openvino").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"1_Pooling/config.json": {"pooling_mode_cls_token": True}}, "its pooling is cls"),
+        ({"1_Pooling/config.json": {"pooling_mode": "max"}}, "its pooling is max"),
+        ({"modules.json": [{"type": "a.Transformer", "path": ""}]}, "made of Transformer"),
+        (
+            {
+                "config_sentence_transformers.json": {
+                    "prompts": {"query": "query: "},
+                    "default_prompt_name": "query",
+                }
+            },
+            "puts a prompt",
+        ),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(
+    minilm: Path, tmp_path: Path, change: dict[str, object], says: str
+) -> None:
+    """One clear line, and auto stays with torch."""
+    model = tmp_path / "other"
+    shutil.copytree(minilm, model)
+    for name, content in change.items():
+        (model / name).write_text(json.dumps(content))
+    settings = Settings(embedding_model=str(model), model_cache=tmp_path / "cache")
+
+    with pytest.raises(ConfigError, match=says):
+        convert(settings)
+
+    assert chosen(settings) == "torch"
+    assert not settings.model_cache.exists()
+
+
+def test_a_static_embedding_is_told_that_it_needs_no_conversion(static_model: Path) -> None:
+    """It runs without torch as it is."""
+    with pytest.raises(ConfigError, match="needs no conversion"):
+        convert(Settings(embedding_model=str(static_model)))
+
+
+def test_a_cache_that_cannot_be_written_is_a_configuration_error(
+    converted: Settings, tmp_path: Path
+) -> None:
+    """Named with its variable."""
+    (tmp_path / "file").touch()
+
+    with pytest.raises(ConfigError, match=r"MODEL_CACHE .* can't be written"):
+        convert(replace(converted, model_cache=tmp_path / "file"))
+
+
+# --- files that are not right --------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(converted: Settings, tmp_path: Path) -> Settings:
+    """The converted model in a cache of the test's own, to be damaged."""
+    shutil.copytree(converted.model_cache, tmp_path / "cache")
+    return replace(converted, model_cache=tmp_path / "cache", engine="openvino")
+
+
+def test_a_model_that_moves_stays_converted(converted: Settings, tmp_path: Path) -> None:
+    """Contents count, not the path."""
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(converted.embedding_model, moved)
+
+    assert chosen(replace(converted, embedding_model=str(moved))) == "openvino"
+
+
+def test_the_converted_model_of_another_is_never_used(copied: Settings, tmp_path: Path) -> None:
+    """Not by its name, nor if its files are put where this one's should be."""
+    other = tmp_path / "model"  # the same last part of the path
+    shutil.copytree(copied.embedding_model, other)
+    (other / "vocab.txt").write_text("other")
+    settings = replace(copied, embedding_model=str(other))
+    theirs = converted_directory(locate(copied), copied)
+    ours = converted_directory(locate(settings), settings)
+
+    with pytest.raises(ConfigError, match="is not converted"):
+        load_embedder(settings)
+    theirs.rename(ours)
+    with pytest.raises(ConfigError, match=r"can't be loaded \(ValueError: it is of"):
+        load_embedder(settings)
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _zero_the_middle(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    start, end = len(content) * 6 // 10, len(content) * 8 // 10
+    content[start:end] = bytes(end - start)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (engine_openvino.WEIGHTS, _truncate),
+        (engine_openvino.WEIGHTS, _zero_the_middle),
+        (engine_openvino.WEIGHTS, Path.unlink),
+        (engine_openvino.GRAPH, _truncate),
+        (engine_openvino.TOKENIZER, _truncate),
+        (engine_openvino.MANIFEST, _truncate),
+    ],
+)
+def test_a_damaged_converted_model_is_a_configuration_error_until_converted_again(
+    copied: Settings, name: str, damage: Callable[[Path], None]
+) -> None:
+    """The message names the command, and the command puts it right."""
+    damage(converted_directory(locate(copied), copied) / name)
+
+    with pytest.raises(ConfigError, match=r"can't be loaded .*run `listener model convert`"):
+        load_embedder(copied)
+    convert(copied)
+    assert load_embedder(copied).encode(["a"]).shape == (1, 384)
