@@ -17,6 +17,7 @@ from listener.embedder import load_embedder
 from listener.engine_openvino import converted_directory
 from listener.errors import ConfigError
 from listener.model import locate
+from tests.test_engines import chosen
 
 # --- conversion ----------------------------------------------------------------------------------
 
