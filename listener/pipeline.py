@@ -18,8 +18,9 @@ from listener.wakeup import Stop
 
 # While a batch is encoded the next is claimed; more would only lengthen the leases.
 _AHEAD = 2
-# A batch this long keeps a new event's wait behind a backfill, and a stop, well under a second.
-_BATCH_SECONDS = 0.5
+# A new event waits this long behind a backfill, and so does a stop. Texts of like length share a pass
+# of the model, and in a shorter batch there are fewer of them.
+_BATCH_SECONDS = 1.0
 _SMALLEST_BATCH, _FIRST_BATCH = 16, 64
 # Commits don't wait for the disk; a crash of the server may undo those of its last moments.
 _UNDONE_SECONDS = 2.0
@@ -185,7 +186,7 @@ class Pipeline:
                 self._queue.notify()
 
     def _adapt(self, events: int, seconds: float) -> None:
-        """Size the next batch so that it takes about half a second."""
+        """Size the next batch so that it takes about _BATCH_SECONDS."""
         wanted = int(events / max(seconds, 1e-3) * _BATCH_SECONDS)
         bounded = max(min(wanted, self._batch_events * 2), _SMALLEST_BATCH)
         self._batch_events = min(bounded, self._settings.batch_events)
