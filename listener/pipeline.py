@@ -18,8 +18,8 @@ from listener.wakeup import Stop
 
 # While a batch is encoded the next is claimed; more would only lengthen the leases.
 _AHEAD = 2
-# A new event waits this long behind a backfill, and so does a stop. Texts of like length share a pass
-# of the model, and in a shorter batch there are fewer of them.
+# A new event waits this long behind a backfill, and so does a stop. Texts of like length share a
+# pass of the model, and in a shorter batch there are fewer of them.
 _BATCH_SECONDS = 1.0
 _SMALLEST_BATCH, _FIRST_BATCH = 16, 64
 # Commits don't wait for the disk; a crash of the server may undo those of its last moments.

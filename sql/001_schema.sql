@@ -15,8 +15,8 @@ create table if not exists listener.change (
 );
 
 -- One row per event that waits for its embedding; no row and no change, nothing to do.
---   version   counts the changes since the event was queued, so that a vector of an older text
---             can be told from a current one
+--   version   counts how often a change of the event was taken since it was queued, so that a vector
+--             of an older text can be told from a current one
 --   due_at    not to be claimed before; in a claim it is the end of the lease; infinity is parked
 --   lease     the token of the claim that holds the event. Kept when its worker died, so that a
 --             row with a lease that is due again is known to have been claimed and never answered
