@@ -28,7 +28,6 @@ begin
     drop trigger if exists listener_truncated on public.iot_events;
     drop function if exists listener.queue_deleted();
     drop function if exists listener.queue_truncated();
-    revoke all on listener.queue from listener_owner;
   end if;
 end
 $$;

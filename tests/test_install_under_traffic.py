@@ -251,6 +251,9 @@ def test_an_upgrade_with_live_workers_loses_nothing(database: Database) -> None:
     assert install_in(database.conn).steps == ()
     assert database.value("select to_regclass('listener.queue_lane_due_at_idx')") is not None
     assert database.value("select to_regproc('listener.queue_deleted')") is None
+    assert not database.value(
+        "select has_table_privilege('listener_owner', 'listener.queue', 'select')"
+    )
 
 
 def test_an_uninstall_under_traffic_ends_the_service_and_no_writer(
