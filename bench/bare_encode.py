@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.peer_table import load_model
 from bench.processes import REPOSITORY, clean_environment
 from bench.progress import BenchError
 
@@ -36,15 +37,7 @@ def bare_seconds(model: Path, texts: Sequence[str], folder: Path) -> float:
 
 
 def _encode(directory: str, texts: list[str]) -> float:
-    import torch
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(
-        directory,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        local_files_only=True,
-        model_kwargs={"use_safetensors": True, "dtype": torch.float32},
-    )
+    model = load_model(directory)
     # The service, too, has encoded one text before it listens.
     model.encode(["dimension"], show_progress_bar=False)
     began = time.perf_counter()

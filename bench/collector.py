@@ -1,18 +1,35 @@
-"""Batching by hand, where a queue hands out one job at a time.
-
-Jobs that run at the same time wait here; whatever waits when the last batch is done is the next.
-"""
+"""What the peers with an event loop share: the model's thread, and batching by hand."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+from bench import peer_table
 from bench.peer_table import MOST_TOGETHER
 
 
+class ModelThread:
+    """The one thread that owns the model: two passes at a time would fight for the cores."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._thread = ThreadPoolExecutor(1)
+
+    async def encode(self, texts: str | list[str]) -> Any:
+        """As `peer_table.encode`, while the event loop goes on."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, peer_table.encode, self._model, texts)
+
+
 class Collector:
-    """Turns many concurrent `embed(one)` into few `embed_all(several)`."""
+    """Turns many concurrent `embed(one)` into few `embed_all(several)`.
+
+    Where a queue hands out one job at a time, those that run at the same time wait here; whatever
+    waits when the last batch is done is the next.
+    """
 
     def __init__(self, embed_all: Callable[[list[int]], Awaitable[None]]) -> None:
         """To be made where an event loop runs."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -22,8 +21,8 @@ from pgvector import Vector
 from pgvector.asyncpg import register_vector
 
 from bench import peer_table
-from bench.collector import Collector
-from bench.peer_table import BATCHED, MOST_TOGETHER, announce_listening, encode, load_model
+from bench.collector import Collector, ModelThread
+from bench.peer_table import BATCHED, MOST_TOGETHER, announce_listening, load_model
 
 SCHEMA = """
 create function public.fn_pgqueuer_enqueue(
@@ -95,29 +94,23 @@ async def _install_queue(url: str) -> None:
 
 
 class _Embedding:
-    """Reads, encodes in the one thread that owns the model, stores."""
+    """Reads, encodes, stores."""
 
-    def __init__(self, pool: Any, model: Any) -> None:
+    def __init__(self, pool: Any, model: ModelThread) -> None:
         self._pool = pool
         self._model = model
-        # Two passes at a time would fight for the cores.
-        self._thread = ThreadPoolExecutor(1)
 
     async def embed(self, event_id: int) -> None:
         row = await self._pool.fetchrow(_READ, event_id)
         if row is not None:
-            await self._pool.execute(_STORE, event_id, await self._encode(row[0]))
+            await self._pool.execute(_STORE, event_id, await self._model.encode(row[0]))
 
     async def embed_all(self, event_ids: list[int]) -> None:
         rows = await self._pool.fetch(_READ_MANY, event_ids)
-        vectors = await self._encode([text for _, text in rows])
+        vectors = await self._model.encode([text for _, text in rows])
         # asyncpg would take bare arrays for another dimension of the array.
         wrapped = [Vector(vector) for vector in vectors]
         await self._pool.execute(_STORE_MANY, [row[0] for row in rows], wrapped)
-
-    async def _encode(self, texts: str | list[str]) -> Any:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, encode, self._model, texts)
 
 
 async def work(url: str, model_directory: str, in_batches: bool) -> None:
@@ -128,7 +121,7 @@ async def work(url: str, model_directory: str, in_batches: bool) -> None:
     async with asyncpg.create_pool(
         url, min_size=2, max_size=4, init=register_vector, server_settings=_SESSION
     ) as pool:
-        embedding = _Embedding(pool, model)
+        embedding = _Embedding(pool, ModelThread(model))
         embed = Collector(embedding.embed_all).embed if in_batches else embedding.embed
 
         async def entrypoint(job: Any) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
@@ -19,12 +18,11 @@ from procrastinate import App, PsycopgConnector, SyncPsycopgConnector
 from psycopg_pool import AsyncConnectionPool
 
 from bench import peer_table
-from bench.collector import Collector
+from bench.collector import Collector, ModelThread
 from bench.peer_table import (
     BATCHED,
     MOST_TOGETHER,
     announce_listening,
-    encode,
     load_model,
     worker_url,
 )
@@ -67,31 +65,25 @@ def install(url: str) -> None:
 
 
 class _Embedding:
-    """Reads, encodes in the one thread that owns the model, stores."""
+    """Reads, encodes, stores."""
 
-    def __init__(self, pool: AsyncConnectionPool[Any], model: Any) -> None:
+    def __init__(self, pool: AsyncConnectionPool[Any], model: ModelThread) -> None:
         self._pool = pool
         self._model = model
-        # Two passes at a time would fight for the cores.
-        self._thread = ThreadPoolExecutor(1)
 
     async def embed(self, event_id: int) -> None:
         async with self._pool.connection() as conn:
             row = await (await conn.execute(_READ, (event_id,))).fetchone()
         if row is not None:
-            vector = await self._encode(row[0])
+            vector = await self._model.encode(row[0])
             async with self._pool.connection() as conn:
                 await conn.execute(_STORE, (event_id, vector))
 
     async def embed_all(self, event_ids: list[int]) -> None:
         async with self._pool.connection() as conn:
             rows = await (await conn.execute(_READ_MANY, (event_ids,))).fetchall()
-            vectors = await self._encode([text for _, text in rows])
+            vectors = await self._model.encode([text for _, text in rows])
             await conn.execute(_STORE_MANY, ([row[0] for row in rows], list(vectors)))
-
-    async def _encode(self, texts: str | list[str]) -> Any:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, encode, self._model, texts)
 
 
 async def work(url: str, model_directory: str, in_batches: bool) -> None:
@@ -104,7 +96,7 @@ async def work(url: str, model_directory: str, in_batches: bool) -> None:
         url, min_size=2, max_size=4, kwargs={"autocommit": True}, configure=register_vector_async
     )
     async with pool, app.open_async():
-        embedding = _Embedding(pool, model)
+        embedding = _Embedding(pool, ModelThread(model))
         embed = Collector(embedding.embed_all).embed if in_batches else embedding.embed
         app.task(name="embed", queue="embed")(embed)
         announce_listening()

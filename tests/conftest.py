@@ -119,6 +119,8 @@ def database(
         settings = Settings(
             database_url=url,
             reports_dir=tmp_path / "_reports",
+            # Nobody's own converted models decide which engine is tested.
+            model_cache=tmp_path / "models",
             poll_seconds=120.0,
             retry_seconds=0.05,
             lease_seconds=30.0,
