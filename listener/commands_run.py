@@ -10,7 +10,7 @@ from datetime import datetime
 
 import click
 
-from listener import install
+from listener import install, notify_systemd
 from listener.backfill import follow, queue_events
 from listener.config import Settings, load_settings
 from listener.console import (
@@ -45,7 +45,9 @@ def run_command(once: bool, backfill_last: int | None) -> None:
     if backfill_last is not None:
         settings = replace(settings, backfill_last_n=backfill_last)
     configure_logs(settings)
-    os.nice(_NICE)
+    # Where Nice= of a unit has done it already, its sandbox forbids the call.
+    if os.getpriority(os.PRIO_PROCESS, 0) < _NICE:
+        os.setpriority(os.PRIO_PROCESS, 0, _NICE)
     stop = stop_on_signals()
     _serve(settings, stop, once=once)
 
@@ -53,6 +55,7 @@ def run_command(once: bool, backfill_last: int | None) -> None:
 def _serve(settings: Settings, stop: Stop, *, once: bool) -> None:
     from listener.service import Service
 
+    notify_systemd.status("loading the model")
     with closing(load_encoder(settings)) as encoder:
         try:
             Service(settings, encoder, stop).run(once=once)

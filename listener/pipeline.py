@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
+from listener import notify_systemd
 from listener.config import Settings
 from listener.encoding import Encoded, Encoder
 from listener.errors import EmbeddingError, EncodeHung, ModelFault
@@ -117,6 +118,8 @@ class Pipeline:
         """Wait for the first batch's vectors; extend leases, and on a stop give the rest back."""
         extended = time.monotonic()
         while not wait([batches[0].encoding], timeout=_LOOK_UP_SECONDS).done:
+            # A long encode is no hang; one that takes too long is ended below.
+            notify_systemd.alive()
             if self._stop.is_set():
                 self._give_back_unstarted(batches)
             if self._seconds_in_hand(batches[0]) > self._settings.encode_seconds:

@@ -473,4 +473,18 @@ DESCRIBE = "select * from listener.describe(%(event_id)s)"
 NEAREST = "select * from listener.nearest(%(embedding)s, %(model)s, %(limit)s)"
 
 PENDING = "select count(*) from listener.waiting"
+# For the service itself, which asks again and again: it looks at so many rows and no more.
+BACKLOG = """
+with pending as materialized (
+  (select q.event_id, q.queued_at as since from listener.queue q
+   where q.due_at < 'infinity' limit %(limit)s)
+  union all
+  (select c.event_id, c.changed_at from listener.change c limit %(limit)s)
+)
+select
+  count(distinct p.event_id) as events,
+  coalesce(extract(epoch from now() - min(p.since)), 0)::float8 as oldest_seconds,
+  count(*) >= %(limit)s as is_more
+from pending p
+"""
 PARKED_COUNT = "select count(*) from listener.queue q where q.due_at = 'infinity'"

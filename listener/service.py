@@ -17,6 +17,7 @@ from listener.install import verify
 from listener.logs import log
 from listener.pipeline import Pipeline
 from listener.queue import EventId, Queue
+from listener.status import read_backlog
 from listener.wakeup import Stop, Wakeup
 from listener.worker import Worker
 
@@ -24,6 +25,8 @@ from listener.worker import Worker
 _SWEEP_PAGE = 500
 # Dead peers are looked for this often: more would be felt by an idle server.
 _BEAT_SECONDS = 1.2
+# The numbers that systemd shows are as old as this.
+_STATUS_SECONDS = 15.0
 
 
 class Service:
@@ -60,6 +63,9 @@ class Service:
         with ExitStack() as stack:
             for attempt in reconnecting(self._stop):
                 with attempt:
+                    # A database that is down is no hang.
+                    notify_systemd.alive()
+                    notify_systemd.status("connecting to Postgres")
                     session = stack.enter_context(
                         _open_session(self._settings, self._encoder, self._stop, self._in_hand)
                     )
@@ -76,7 +82,11 @@ class Service:
             retry_in_seconds=self._settings.poll_seconds,
             parked=0,
         )
-        self._stop.wait(self._settings.poll_seconds)
+        notify_systemd.status("the model can't run; the log says why")
+        deadline = time.monotonic() + self._settings.poll_seconds
+        while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
+            notify_systemd.alive()
+            self._stop.wait(min(left, _BEAT_SECONDS))
 
 
 @contextmanager
@@ -127,6 +137,7 @@ class _Session:
         self._queue = Queue(work, settings, worker.number if worker else None)
         self._pipeline = Pipeline(settings, self._queue, encoder, stop, in_hand)
         self._next_beat = time.monotonic()
+        self._next_status = time.monotonic()
         self._sweep_from: str | None = None
         self._sweep_left = settings.backfill_last_n
         self._next_sweep = time.monotonic() if settings.backfill_last_n else float("inf")
@@ -141,6 +152,7 @@ class _Session:
         self._queue.discard_parked()
         woken = True
         while not self._stop.is_set():
+            self._tell_systemd()
             if woken:
                 self._drain()
             seconds = self._wakeup.prepare_sleep()
@@ -156,7 +168,7 @@ class _Session:
             pass
 
     def _drain(self) -> int:
-        return self._pipeline.drain(self._wake_up, self._beat)
+        return self._pipeline.drain(self._wake_up, self._after_batch)
 
     def _wake_up(self, is_full: bool) -> None:
         """There is something to do: let writers pass without NOTIFY, and call for help if much."""
@@ -168,6 +180,7 @@ class _Session:
         """Sleep in beats. Returns whether there is reason to look at the queue."""
         deadline = time.monotonic() + min(seconds, self._seconds_to_sweep())
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
+            self._tell_systemd()
             to_beat = max(self._next_beat - time.monotonic(), 0.0)
             if self._wakeup.sleep(min(left, to_beat)):
                 return True
@@ -182,6 +195,17 @@ class _Session:
         self._next_beat = time.monotonic() + _BEAT_SECONDS
         released = self._worker.beat() if self._worker is not None else 0
         return self._wakeup.is_overdue() or released > 0
+
+    def _after_batch(self) -> None:
+        self._tell_systemd()
+        self._beat()
+
+    def _tell_systemd(self) -> None:
+        """The loop made progress; and every 15 s, what is left to do."""
+        notify_systemd.alive()
+        if notify_systemd.is_there() and time.monotonic() >= self._next_status:
+            self._next_status = time.monotonic() + _STATUS_SECONDS
+            notify_systemd.status(str(read_backlog(self._work)))
 
     def _sweep_page(self) -> bool:
         """Queue one page of the last N, only when nothing else is due. Returns whether it did.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from psycopg.rows import dict_row
@@ -13,6 +14,21 @@ from listener.errors import ConfigError
 from listener.worker import LOCK_CLASS
 
 _PARKED_SHOWN = 20
+# The service counts so many events one by one, and no more.
+_COUNTED = 10_000
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """How many events wait, and for how long the oldest has; both at least, if `is_more`."""
+
+    events: int
+    oldest_seconds: float
+    is_more: bool
+
+    def __str__(self) -> str:
+        least = "over " if self.is_more else ""
+        return f"backlog {least}{self.events} events, lag {least}{self.oldest_seconds:.1f} s"
 
 
 def read_status(conn: Connection, settings: Settings) -> dict[str, Any]:
@@ -25,6 +41,14 @@ def read_status(conn: Connection, settings: Settings) -> dict[str, Any]:
     status["workers"] = read_workers(conn)
     status["scope"] = _scope(conn, settings)
     return status
+
+
+def read_backlog(conn: Connection) -> Backlog:
+    """For the service, at a cost that doesn't grow with the backlog."""
+    with translated():
+        row = conn.execute(queries.BACKLOG, {"limit": _COUNTED}).fetchone()
+    assert row is not None  # noqa: S101  an aggregate has one row
+    return Backlog(*row)
 
 
 def read_workers(conn: Connection) -> list[dict[str, Any]]:

@@ -31,10 +31,10 @@ SETTINGS = {spec.name.upper(): spec for spec in fields(Settings)}
 
 # A module imports from lower lines only, never from its own.
 LAYERS = (
-    {"__init__", "errors", "queries", "notify_systemd"},
+    {"__init__", "errors", "queries"},
     {"config", "embedded", "passes"},
     {"logs", "model"},
-    {"database"},
+    {"database", "notify_systemd"},
     {"catalogue", "patience", "queue", "wakeup", "worker"},
     {"backfill", "report", "search", "status", "template"},
     {"engine_openvino", "engine_static", "engine_torch", "install"},
