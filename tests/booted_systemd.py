@@ -15,7 +15,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +56,9 @@ class Machine:
         """The same for lines of a shell."""
         return self.run("bash", "-euc", script)
 
-    def write(self, path: str, text: str) -> None:
-        """Make a file there, that only root can read."""
-        self.run("install", "-D", "-m", "0600", "/dev/null", path)
+    def write(self, path: str, text: str, mode: str = "0600") -> None:
+        """Make a file there; without a mode, one that only root can read."""
+        self.run("install", "-D", "-m", mode, "/dev/null", path)
         Path(f"/proc/{self.init}/root{path}").write_text(text)
 
     def show(self, unit: str, name: str) -> str:
@@ -84,7 +84,7 @@ def booted(wheels: Path) -> Iterator[Machine]:
             command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT
         )
         try:
-            machine = Machine(wait_until(lambda: _child_of(nspawn, console.name)))
+            machine = Machine(wait_until(lambda: _systemd_of(nspawn, console.name)))
             wait_until(lambda: _is_up(machine, nspawn, console.name), 60)
             yield machine
             # With the first process of the machine all others end; nothing there is worth a stop.
@@ -104,7 +104,9 @@ def install_listener(machine: Machine) -> None:
     home = "/opt/iot-event-listener"
     machine.run(python, "-m", "venv", home)
     machine.shell(f"{home}/bin/pip install -q --no-deps --no-index {WHEELS}/*.whl")
-    machine.shell(f"echo {DEPENDENCIES} > {home}/lib/python3.*/site-packages/dependencies.pth")
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    path = f"{home}/lib/{version}/site-packages/dependencies.pth"
+    machine.write(path, f"{DEPENDENCIES}\n", mode="0644")
 
 
 def _root() -> Path:
@@ -145,10 +147,15 @@ def _mirror(release: str) -> str:
     return sites[0]
 
 
-def _child_of(nspawn: subprocess.Popen[bytes], console: str) -> int | None:
+def _systemd_of(nspawn: subprocess.Popen[bytes], console: str) -> int:
+    """0 while it has not begun: the first child of nspawn only prepares the machine."""
     _require_running(nspawn, console)
     children = Path(f"/proc/{nspawn.pid}/task/{nspawn.pid}/children").read_text().split()
-    return int(children[0]) if children else None
+    for child in children:
+        with suppress(OSError):  # it has ended meanwhile
+            if Path(f"/proc/{child}/comm").read_text() == "systemd\n":
+                return int(child)
+    return 0
 
 
 def _is_up(machine: Machine, nspawn: subprocess.Popen[bytes], console: str) -> bool:

@@ -198,7 +198,7 @@ def test_the_status_shows_backlog_and_lag(unit: Unit, database: Database) -> Non
 def test_a_killed_service_comes_back(unit: Unit, database: Database) -> None:
     """What was inserted meanwhile is embedded."""
     unit.start()
-    unit.machine.run("kill", "-KILL", str(unit.pid()))
+    unit.machine.shell(f"kill -KILL {unit.pid()}")
 
     database.insert("while it was away")
 
@@ -211,7 +211,7 @@ def test_a_service_that_hangs_is_restarted_by_the_watchdog(unit: Unit, database:
     """SIGSTOP, the hang of all threads at once; the log shows where it stood."""
     unit.start()
     wait_until(lambda: unit.show("StatusText").startswith("backlog"))
-    unit.machine.run("kill", "-STOP", str(unit.pid()))
+    unit.machine.shell(f"kill -STOP {unit.pid()}")
 
     database.insert("while it hung")
 
