@@ -189,7 +189,7 @@ def test_a_large_backlog_is_not_counted_to_its_end(
 
 def test_the_watchdog_is_fed_at_a_fifth_of_its_time(systemd: Systemd) -> None:
     """Each message wakes systemd, too."""
-    for _ in range(1000):
+    for _ in range(8):
         notify_systemd.alive()
 
     assert systemd.messages() == [_FED]
