@@ -44,17 +44,6 @@ where pg_catalog.pg_notification_queue_usage() < 0.5
 TRY_LOCK = "select pg_catalog.pg_try_advisory_lock(%(key)s)"
 UNLOCK = "select pg_catalog.pg_advisory_unlock(%(key)s)"
 
-# After a failure, because a lease ended, or because a writer held the event. New events are not
-# looked for: their writers wake us.
-IS_OVERDUE = """
-select exists (
-  select from listener.queue q
-  where q.lane in (0, 1)
-    and q.due_at <= now()
-    and (q.attempts > 0 or q.due_at > q.queued_at)
-)
-"""
-
 # --- workers -----------------------------------------------------------------------------------
 
 # The lock comes before the row, so that a registered worker is never seen without its lock.
@@ -70,11 +59,14 @@ FORGET_WORKER = "delete from listener.worker where worker = %(worker)s"
 # A free lock means a dead session. Its events keep their lease, which marks them as claimed and
 # never answered, and go back to the place in line that they had. After a second death they go to
 # its end: at the front an innocent one would be in hand at every death that follows.
-RELEASE_DEAD = """
+#
+# Also asks for events that are due again after a failure, an ended lease, or because a writer held
+# them. New ones are not looked for: their writers wake us.
+BEAT = """
 with dead as materialized (
   select w.worker
   from listener.worker w
-  where w.worker <> %(worker)s
+  where w.worker <> %(worker)s::bigint
     and pg_catalog.pg_try_advisory_xact_lock(%(lock_class)s, w.worker::integer)
 ), theirs as materialized (
   select q.event_id, q.worker
@@ -105,7 +97,12 @@ with dead as materialized (
       where t.worker = d.worker and t.event_id not in (select h.event_id from held h)
     )
 )
-select count(*) from released
+select exists (select from released) or exists (
+  select from listener.queue q
+  where q.lane in (0, 1)
+    and q.due_at <= now()
+    and (q.attempts > 0 or q.due_at > q.queued_at)
+) as is_due
 """
 
 # --- queue -------------------------------------------------------------------------------------
@@ -156,7 +153,7 @@ returning
 """
 
 # Lease up to `events` due events, live before backfill, of that at most `backfill_events`. Events
-# whose worker died are kept apart: the first time a sixteenth of a batch, later alone, so that one
+# whose worker died are kept apart: the first time a quarter of a claim, later alone, so that one
 # that kills the process is found while its mates finish; after the last attempt they are parked.
 CLAIM = """
 with live as materialized (
@@ -185,7 +182,7 @@ with live as materialized (
   where d.deaths = (select first.deaths from due first where first.place = 1)
     and d.place <= case d.deaths
       when 0 then %(events)s
-      when 1 then greatest(%(events)s / 16, 1)
+      when 1 then greatest(%(events)s / 4, 1)
       else 1
     end
 ), token as materialized (

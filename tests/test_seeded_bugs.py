@@ -204,10 +204,8 @@ def no_lease_fence(_: Database, patch: pytest.MonkeyPatch) -> None:
 def no_lock_of_the_living(_: Database, patch: pytest.MonkeyPatch) -> None:
     """Every other worker passes for dead."""
     probe = "pg_catalog.pg_try_advisory_xact_lock(%(lock_class)s, w.worker::integer)"
-    assert probe in queries.RELEASE_DEAD
-    patch.setattr(
-        queries, "RELEASE_DEAD", queries.RELEASE_DEAD.replace(probe, "%(lock_class)s > 0")
-    )
+    assert probe in queries.BEAT
+    patch.setattr(queries, "BEAT", queries.BEAT.replace(probe, "%(lock_class)s > 0"))
 
 
 def no_look_at_the_queue_in_the_sweep(database: Database, _: pytest.MonkeyPatch) -> None:
