@@ -236,6 +236,29 @@ def test_the_service_under_test_is_in_listener_worker_and_nothing_else(
     assert member_of == [("listener_worker",)]
 
 
+def test_a_write_through_the_views_is_planned_as_on_the_tables(database: Database) -> None:
+    """The views vanish in the planner, whatever the tables hold."""
+    database.insert(*map(str, range(2000)))
+    database.rows("insert into listener.queue (event_id) select id from public.iot_events")
+    database.rows("analyze")
+    bare = queries.WRITE
+    for view, relation in (
+        ("listener.embedding", "public.event_embeddings"),
+        ("listener.event e", "public.iot_events e"),
+        ("e.input", "listener.embedding_input(e)"),
+    ):
+        assert view in bare
+        bare = bare.replace(view, relation)
+    parameters = {**_PARAMETERS, "embeddings": [np.zeros(384, np.float32)]}
+
+    def plan(conn: Connection, statement: str) -> list[str]:
+        rows = conn.execute(f"explain (costs off) {statement}".encode(), parameters).fetchall()
+        return [line for (line,) in rows]
+
+    with database.service_session() as conn:
+        assert plan(conn, queries.WRITE) == plan(database.conn, bare)
+
+
 # --- readers and row-level security --------------------------------------------------------------
 
 
@@ -274,6 +297,28 @@ def test_a_reader_without_a_right_on_events_reads_no_embedding(database: Databas
         database.rows(f"grant select on public.event_embeddings to {stranger}")
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="iot_events"):
             seen_by(database, stranger)
+
+
+def test_the_policy_costs_the_owner_nothing_and_a_reader_no_index(database: Database) -> None:
+    """The owner is past it; a reader's search still walks the vector index."""
+    database.rows(
+        "create index vectors on public.event_embeddings using hnsw (embedding vector_cosine_ops)"
+    )
+    search = (
+        "explain select event_id from public.event_embeddings "
+        "order by embedding <=> array_fill(1, array[384])::vector limit 10"
+    )
+    with role(database, "searcher") as searcher:
+        database.rows(f"grant select on public.iot_events, public.event_embeddings to {searcher}")
+        plans = {}
+        for name in ("postgres", searcher):
+            with acting_as(database, name) as conn:
+                conn.execute("set enable_seqscan = off")
+                plans[name] = str(conn.execute(search.encode()).fetchall())
+
+    assert all("Index Scan using vectors" in plan for plan in plans.values())
+    assert "SubPlan" in plans[searcher]
+    assert "SubPlan" not in plans["postgres"]
 
 
 def test_a_reader_has_no_way_into_the_private_schema(database: Database) -> None:
