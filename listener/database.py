@@ -159,8 +159,8 @@ def translated() -> Iterator[None]:
         ) from error
     except errors.InsufficientPrivilege as error:
         raise SchemaError(
-            f"a right is missing ({error.diag.message_primary}); connect as the role that "
-            "installed, or have it granted"
+            f"a right is missing ({error.diag.message_primary}); grant listener_worker to the "
+            "role, or connect as the one that installed"
         ) from error
     except errors.ReadOnlySqlTransaction as error:
         raise ConnectionLost(
