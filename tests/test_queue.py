@@ -17,7 +17,7 @@ MODEL = TinyEmbedder.fingerprint
 @pytest.fixture
 def queue(database: Database) -> Iterator[Queue]:
     """The queue as a worker without registration sees it."""
-    with database.session("listener-work") as conn:
+    with database.service_session() as conn:
         yield Queue(conn, database.settings, None)
 
 
