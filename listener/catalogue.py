@@ -55,6 +55,9 @@ select
   pg_is_in_recovery() or current_setting('transaction_read_only')::boolean as read_only,
   x.nspname as vector_schema,
   x.extversion as vector_version,
+  -- Supabase has a schema for them, and its linter wants none in public.
+  case when to_regnamespace('extensions') is null then 'public' else 'extensions' end
+    as new_vector_schema,
   exists (select from pg_catalog.pg_available_extensions v where v.name = 'vector')
     as vector_available,
   t.relkind::text as events_kind,
@@ -71,11 +74,22 @@ select
       and i.indpred is null
   ) as key_is_unique,
   coalesce(pg_has_role(t.relowner, 'usage'), false) as owns_events,
+  -- From the one who sees them for the service: the owner of the view, or who will be.
+  coalesce(t.relrowsecurity and t.relforcerowsecurity, false) and (
+    select not (v.rolsuper or v.rolbypassrls)
+    from pg_catalog.pg_roles v
+    where v.oid = coalesce(
+      (select c.relowner from pg_catalog.pg_class c where c.oid = to_regclass('listener.event')),
+      r.oid
+    )
+  ) as hides_events,
   has_database_privilege(current_database(), 'create') as may_create_schema,
   has_schema_privilege('public', 'create') as may_create_in_public,
   r.rolsuper or r.rolcreaterole as may_create_role,
   o.oid is not null as owner_role_exists,
   coalesce(pg_has_role(o.oid, 'member'), false) as member_of_owner_role,
+  exists (select from pg_catalog.pg_roles where rolname = 'listener_worker')
+    as worker_role_exists,
   to_regclass('listener.applied') is not null as installed,
   (select format_type(a.atttypid, a.atttypmod)
    from pg_catalog.pg_attribute a
@@ -130,15 +144,18 @@ class Facts:
     read_only: bool
     vector_schema: str | None
     vector_version: str | None
+    new_vector_schema: str
     vector_available: bool
     events_kind: str | None
     key_is_unique: bool
     owns_events: bool
+    hides_events: bool
     may_create_schema: bool
     may_create_in_public: bool
     may_create_role: bool
     owner_role_exists: bool
     member_of_owner_role: bool
+    worker_role_exists: bool
     installed: bool
     embeddings_type: str | None
     triggers: dict[str, str]

@@ -16,7 +16,13 @@ from listener.report import Report, facts_lines, require_reports_dir, write_repo
 @click.option(
     "--columns", help="Columns to embed, comma-separated; default: all but keys and times."
 )
-@click.option("--dry-run", is_flag=True, help="Print the plan and the SQL, change nothing.")
+@click.option(
+    "--print",
+    "--dry-run",
+    "dry_run",
+    is_flag=True,
+    help="The SQL to stdout, as one migration; the plan to stderr; change nothing.",
+)
 def install_command(columns: str | None, dry_run: bool) -> None:
     """Create the queue, event_embeddings and the triggers; all or nothing, harmless twice."""
     settings = load_settings()
@@ -26,19 +32,14 @@ def install_command(columns: str | None, dry_run: bool) -> None:
         install.require_installable(before)
         plan = install.plan_install(conn, before, wanted)
         if dry_run:
-            _print_plan(plan)
+            click.echo(plan.script, nl=False)
+            _tell_steps(plan)
             return
         if plan.steps:
             require_reports_dir(settings)
             install.apply_plan(conn, plan, say)
         after = install.verify(conn)
         _tell_install(settings, before, plan, after)
-
-
-def _print_plan(plan: install.Plan) -> None:
-    for step in plan.steps:
-        click.echo(f"-- ===== {step.file}\n{step.text.rstrip()}\n")
-    _tell_steps(plan)
 
 
 def _tell_steps(plan: install.Plan) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import psycopg
 from numpy.typing import NDArray
 from pgvector.psycopg.vector import register_vector_info
-from psycopg import errors, sql
+from psycopg import errors
 from psycopg.abc import RV, Buffer, PQGen
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
@@ -130,11 +130,10 @@ class _VectorsDumper(Dumper):
 
 def register_vector(conn: Connection) -> None:
     """Teach the connection the vector type, in whichever schema pgvector lives."""
-    found = conn.execute(queries.VECTOR_SCHEMA).fetchone()
+    found = conn.execute(queries.VECTOR_TYPE).fetchone()
     if found is not None:
-        info = TypeInfo.fetch(conn, sql.Identifier(found[0], "vector"))
+        info = TypeInfo(*found)
         register_vector_info(conn, info)
-        assert info is not None  # noqa: S101  or the line above had raised
         oids = {"oid": info.array_oid, "element_oid": info.oid}
         conn.adapters.register_dumper(Vectors, type("VectorsDumper", (_VectorsDumper,), oids))
 
@@ -160,8 +159,8 @@ def translated() -> Iterator[None]:
         ) from error
     except errors.InsufficientPrivilege as error:
         raise SchemaError(
-            f"a right is missing ({error.diag.message_primary}); connect as the role that "
-            "installed, or have it granted"
+            f"a right is missing ({error.diag.message_primary}); grant listener_worker to the "
+            "role, or connect as the one that installed"
         ) from error
     except errors.ReadOnlySqlTransaction as error:
         raise ConnectionLost(

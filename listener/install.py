@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+from psycopg import sql
 
 from listener.catalogue import (
     KEY_TYPES,
@@ -18,25 +19,32 @@ from listener.config import DIMENSION
 from listener.database import Connection, translated
 from listener.errors import SchemaError
 from listener.patience import patiently
-from listener.template import fill, placeholders, sql_files, sql_text
+from listener.template import Step, fill, placeholders, sql_files, sql_text
 
 _APPLIED = "select a.file, a.digest, a.columns from listener.applied a"
-_RECORD_APPLIED = """
-insert into listener.applied as a (file, digest, columns)
-values (%(file)s, %(digest)s, %(columns)s)
-on conflict (file) do update set
-  digest = excluded.digest,
-  columns = excluded.columns,
-  applied_at = now()
-"""
 _EMBEDDINGS_FILE = "002_event_embeddings.sql"
 _INPUT_FILE = "003_embedding_input.sql"
 _OWNER_FILE = "006_owner.sql"
 _TRIGGERS_FILE = "007_triggers.sql"
+_WORKER_FILE = "009_worker.sql"
 # Writers lock iot_events first and listener.change second; an install in another order would end in
-# a deadlock with one that is in between. These two files lock iot_events.
-_LOCK_EVENTS = "lock table public.iot_events in share row exclusive mode"
+# a deadlock with one that is in between. These two files lock iot_events. In a block of plpgsql, so
+# that it also works where a tool for migrations opens its transaction by other means than `begin`.
+_LOCK_EVENTS = """-- Writers lock iot_events first; so does this, and not for long.
+do $$
+begin
+  set local lock_timeout = '2s';
+  lock table public.iot_events in share row exclusive mode;
+end
+$$;
+"""
 _LOCKING_FILES = {_EMBEDDINGS_FILE, _TRIGGERS_FILE}
+
+# An event that is hidden would pass for deleted.
+_HIDDEN = (
+    "row-level security of public.iot_events is forced on its owner too, and may hide events from "
+    "the listener; alter table public.iot_events no force row level security"
+)
 
 _MADE = re.compile(
     r"^create (?:or replace )?(?:table|view|sequence|function) (?:if not exists )?([\w.]+)",
@@ -55,35 +63,19 @@ where to_regclass(n.name) is null
 
 
 @dataclass(frozen=True)
-class Step:
-    """One file of `sql/` with its placeholders filled in."""
-
-    file: str
-    text: str
-    columns: tuple[str, ...] | None = None
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the text, hex."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-    @property
-    def reason(self) -> str:
-        """The file's opening comment."""
-        lines = []
-        for line in self.text.splitlines():
-            if not line.startswith("--"):
-                break
-            lines.append(line.removeprefix("--").strip())
-        return " ".join(lines)
-
-
-@dataclass(frozen=True)
 class Plan:
     """What an install would do, in order, and what to tell about it."""
 
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
+
+    @property
+    def script(self) -> str:
+        """All that is executed, in one transaction; empty if there is nothing to do."""
+        scripts = [f"-- ===== {step.file}\n{step.script}" for step in self.steps]
+        if any(step.file in _LOCKING_FILES for step in self.steps):
+            scripts.insert(0, _LOCK_EVENTS)
+        return "\n".join(scripts)
 
 
 def require_installable(facts: Facts) -> None:
@@ -127,6 +119,8 @@ def _events_problem(facts: Facts) -> str | None:
 def _rights_problem(facts: Facts) -> str | None:
     if not facts.owns_events:
         return f"role {facts.role} doesn't own public.iot_events; install as its owner"
+    if facts.hides_events:
+        return _HIDDEN
     if not facts.installed and not facts.may_create_schema:
         return (
             f"role {facts.role} may not create a schema; "
@@ -155,7 +149,9 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
     values = placeholders(facts, chosen)
     steps = []
     if facts.vector_schema is None:
-        steps.append(Step("create extension", "create extension if not exists vector;"))
+        schema = sql.Identifier(facts.new_vector_schema).as_string()
+        create = f"create extension if not exists vector with schema {schema};"
+        steps.append(Step("create extension", create))
     texts = {file: fill(sql_text(file), values) for file in sql_files()}
     if not facts.triggers_right or _something_is_gone(conn, texts.values()):
         # Whoever took that away may have altered more; and later files grant rights on what earlier
@@ -187,6 +183,14 @@ def _is_needed(
             )
             return False
         return changed or not facts.owner_role_exists
+    if step.file == _WORKER_FILE:
+        if not (facts.worker_role_exists or facts.may_create_role):
+            notes.append(
+                f"role {facts.role} can't create role listener_worker: the service runs as "
+                f"{facts.role}, or have that role created and install again"
+            )
+            return False
+        return changed or not facts.worker_role_exists
     if step.file == _TRIGGERS_FILE:
         return not facts.triggers_right
     if step.file == _INPUT_FILE and facts.input_source is not None:
@@ -245,21 +249,12 @@ def apply_plan(conn: Connection, plan: Plan, tell: Callable[[str], None] = lambd
     `tell` hears who. Raises SchemaError, with nothing changed, if the lock is not to be had.
     """
     with translated():
-        patiently(conn, lambda: _apply(conn, plan.steps), tell)
+        patiently(conn, lambda: _run(conn, plan), tell)
 
 
-def _apply(conn: Connection, steps: Sequence[Step]) -> None:
-    if any(step.file in _LOCKING_FILES for step in steps):
-        conn.execute(_LOCK_EVENTS)
-    for step in steps:
-        conn.execute(step.text.encode())
-        if step.file[0].isdigit() and not step.file.startswith("9"):
-            recorded = {
-                "file": step.file,
-                "digest": step.digest,
-                "columns": list(step.columns) if step.columns else None,
-            }
-            conn.execute(_RECORD_APPLIED, recorded)
+def _run(conn: Connection, plan: Plan) -> None:
+    if plan.steps:
+        conn.execute(plan.script.encode())
 
 
 def verify(conn: Connection) -> Facts:
@@ -272,6 +267,8 @@ def verify(conn: Connection) -> Facts:
             f"public.event_embeddings.embedding is {facts.embeddings_type}; "
             f"vector({DIMENSION}) is needed"
         )
+    if facts.hides_events:
+        raise SchemaError(_HIDDEN)
     if not facts.triggers_right:
         raise SchemaError(
             "the triggers on iot_events are missing, disabled or altered; run `listener install`"

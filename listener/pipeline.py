@@ -17,12 +17,13 @@ from listener.logs import log
 from listener.queue import Claim, Event, EventId, Queue
 from listener.wakeup import Stop
 
-# While a batch is encoded the next is claimed; more would only lengthen the leases.
+# While a batch is encoded the next is ready; more would only lengthen the leases.
 _AHEAD = 2
-# A new event waits this long behind a backfill, and so does a stop. Texts of like length share a
-# pass of the model, and in a shorter batch there are fewer of them.
-_BATCH_SECONDS = 1.0
-_SMALLEST_BATCH, _FIRST_BATCH = 16, 64
+# A claim is about so long, because among many texts there are more of like length; a batch of it
+# is shorter, because a stop waits for it, and a worker that dies loses it.
+_CLAIM_SECONDS, _BATCH_SECONDS = 1.0, 0.25
+_SMALLEST_CLAIM, _FIRST_CLAIM = 16, 64
+_SMALLEST_BATCH, _FIRST_BATCH = 8, 16
 # Commits don't wait for the disk; a crash of the server may undo those of its last moments.
 _UNDONE_SECONDS = 2.0
 # While the model runs, a stop is noticed this soon.
@@ -31,12 +32,17 @@ _LOOK_UP_SECONDS = 0.1
 
 @dataclass
 class Batch:
-    """A claim on its way through the model."""
+    """Events of a claim on their way through the model; `is_last` of the claim's batches."""
 
-    claim: Claim
+    lease: int
     events: list[Event]
     encoding: Future[Encoded]
     submitted: float
+    is_last: bool
+
+    @property
+    def event_ids(self) -> list[EventId]:
+        return [event.event_id for event in self.events]
 
 
 class Pipeline:
@@ -60,7 +66,10 @@ class Pipeline:
         self._queue = queue
         self._encoder = encoder
         self._stop = stop
-        self._batch_events = min(_FIRST_BATCH, settings.batch_events)
+        self._claim_events = min(_FIRST_CLAIM, settings.batch_events)
+        self._batch_events = _FIRST_BATCH
+        # Events and seconds of the claim in hand, so far.
+        self._done, self._spent = 0, 0.0
         self._finished = 0.0
         self._written: deque[tuple[float, int]] = deque()
 
@@ -76,7 +85,7 @@ class Pipeline:
         try:
             while True:
                 while more and len(batches) < ahead and not self._stop.is_set():
-                    claim = self._queue.claim(self._batch_events)
+                    claim = self._queue.claim(self._claim_events)
                     if claim is None:
                         break
                     if claimed == 0:
@@ -85,7 +94,7 @@ class Pipeline:
                     more = claim.is_full or claim.retried
                     # One that kills the process shall not cost another an attempt.
                     ahead = 1 if claim.retried else _AHEAD
-                    batches.append(self._submit(claim))
+                    batches.extend(self._submit(claim))
                 if not batches:
                     return claimed
                 self._await_first(batches)
@@ -100,19 +109,27 @@ class Pipeline:
 
     def give_back(self) -> None:
         """Release all that is in hand, from this session or from one before."""
-        for lease in list(self._in_hand):
-            self._give_back_claim(lease)
+        for lease, event_ids in list(self._in_hand.items()):
+            self._queue.release(lease, event_ids)
+            # Only now: if the connection breaks meanwhile, it is still in hand.
+            del self._in_hand[lease]
 
-    def _give_back_claim(self, lease: int) -> None:
-        self._queue.release(lease, self._in_hand[lease])
-        # Only now: if the connection breaks meanwhile, it is still in hand.
-        del self._in_hand[lease]
-
-    def _submit(self, claim: Claim) -> Batch:
+    def _submit(self, claim: Claim) -> list[Batch]:
+        """At least one batch, in the order of length: what is padded alike is encoded together."""
         self._in_hand[claim.lease] = claim.event_ids
-        events = self._queue.read(claim)
-        encoding = self._encoder.submit([event.text for event in events])
-        return Batch(claim, events, encoding, time.monotonic())
+        events = sorted(self._queue.read(claim), key=lambda event: (len(event.text), event.text))
+        size, now = self._batch_events, time.monotonic()
+        parts = [events[start : start + size] for start in range(0, len(events), size)] or [events]
+        return [
+            Batch(
+                claim.lease,
+                part,
+                self._encoder.submit([event.text for event in part]),
+                now,
+                is_last=part is parts[-1],
+            )
+            for part in parts
+        ]
 
     def _await_first(self, batches: deque[Batch]) -> None:
         """Wait for the first batch's vectors; extend leases, and on a stop give the rest back."""
@@ -126,13 +143,13 @@ class Pipeline:
                 self._give_back_unstarted(batches)
                 raise EncodeHung(
                     f"the model has not returned for {self._settings.encode_seconds:.0f} s with "
-                    f"{len(batches[0].events)} events, the first {batches[0].claim.event_ids[0]}; "
+                    f"{len(batches[0].events)} events, the first {batches[0].event_ids[0]}; "
                     "the process ends, to be started again"
                 )
             if time.monotonic() - extended > self._settings.lease_seconds / 3:
                 extended = time.monotonic()
                 for batch in batches:
-                    self._queue.extend(batch.claim.lease, batch.claim.event_ids)
+                    self._queue.extend(batch.lease, batch.event_ids)
 
     def _finish(self, batch: Batch) -> None:
         """Store and acknowledge what the model gave; fail what it refused."""
@@ -144,7 +161,7 @@ class Pipeline:
         ]
         stored = len(
             self._queue.write(
-                batch.claim.lease,
+                batch.lease,
                 [event for event, _ in good],
                 [vector for _, vector in good],
                 self._encoder.fingerprint,
@@ -153,10 +170,9 @@ class Pipeline:
         failed = self._fail(batch, encoded)
         seconds = self._seconds_in_hand(batch)
         self._finished = time.monotonic()
-        self._written.append((self._finished, batch.claim.lease))
-        while self._finished - self._written[0][0] > _UNDONE_SECONDS:
-            self._in_hand.pop(self._written.popleft()[1], None)
-        self._adapt(len(batch.events), seconds)
+        self._done, self._spent = self._done + len(batch.events), self._spent + seconds
+        if batch.is_last:
+            self._end_claim(batch.lease)
         log(
             logging.INFO,
             "batch_stored",
@@ -168,28 +184,34 @@ class Pipeline:
             seconds=seconds,
         )
 
+    def _end_claim(self, lease: int) -> None:
+        self._written.append((self._finished, lease))
+        while self._finished - self._written[0][0] > _UNDONE_SECONDS:
+            self._in_hand.pop(self._written.popleft()[1], None)
+        self._adapt(self._done / max(self._spent, 1e-3))
+        self._done, self._spent = 0, 0.0
+
     def _seconds_in_hand(self, batch: Batch) -> float:
         """How long so far; its predecessor's encode is not its own time."""
         return time.monotonic() - max(batch.submitted, self._finished)
 
     def _fail(self, batch: Batch, encoded: Encoded) -> int:
-        lease = batch.claim.lease
         return sum(
-            self._queue.fail(lease, [event.event_id], str(result))
+            self._queue.fail(batch.lease, [event.event_id], str(result))
             for event, result in zip(batch.events, encoded.results, strict=True)
             if isinstance(result, EmbeddingError)
         )
 
     def _give_back_unstarted(self, batches: deque[Batch]) -> None:
-        """Release the claims, but the first, whose encode hasn't begun."""
+        """Release the batches, but the first, whose encode hasn't begun."""
         for batch in list(batches)[1:]:
             if batch.encoding.cancel():
-                self._give_back_claim(batch.claim.lease)
+                self._queue.release(batch.lease, batch.event_ids)
                 batches.remove(batch)
                 self._queue.notify()
 
-    def _adapt(self, events: int, seconds: float) -> None:
-        """Size the next batch so that it takes about _BATCH_SECONDS."""
-        wanted = int(events / max(seconds, 1e-3) * _BATCH_SECONDS)
-        bounded = max(min(wanted, self._batch_events * 2), _SMALLEST_BATCH)
-        self._batch_events = min(bounded, self._settings.batch_events)
+    def _adapt(self, events_per_second: float) -> None:
+        """Size the next claim and its batches by how long they will take."""
+        wanted = min(int(events_per_second * _CLAIM_SECONDS), self._claim_events * 2)
+        self._claim_events = min(max(wanted, _SMALLEST_CLAIM), self._settings.batch_events)
+        self._batch_events = max(int(events_per_second * _BATCH_SECONDS), _SMALLEST_BATCH)

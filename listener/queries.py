@@ -7,10 +7,11 @@ from __future__ import annotations
 
 # --- connections -------------------------------------------------------------------------------
 
-VECTOR_SCHEMA = """
-select n.nspname
+# By extension, not by name: the schema may be closed to the worker.
+VECTOR_TYPE = """
+select t.typname, t.oid, t.typarray
 from pg_catalog.pg_extension x
-join pg_catalog.pg_namespace n on n.oid = x.extnamespace
+join pg_catalog.pg_type t on t.typnamespace = x.extnamespace and t.typname = 'vector'
 where x.extname = 'vector'
 """
 
@@ -44,17 +45,6 @@ where pg_catalog.pg_notification_queue_usage() < 0.5
 TRY_LOCK = "select pg_catalog.pg_try_advisory_lock(%(key)s)"
 UNLOCK = "select pg_catalog.pg_advisory_unlock(%(key)s)"
 
-# After a failure, because a lease ended, or because a writer held the event. New events are not
-# looked for: their writers wake us.
-IS_OVERDUE = """
-select exists (
-  select from listener.queue q
-  where q.lane in (0, 1)
-    and q.due_at <= now()
-    and (q.attempts > 0 or q.due_at > q.queued_at)
-)
-"""
-
 # --- workers -----------------------------------------------------------------------------------
 
 # The lock comes before the row, so that a registered worker is never seen without its lock.
@@ -70,11 +60,14 @@ FORGET_WORKER = "delete from listener.worker where worker = %(worker)s"
 # A free lock means a dead session. Its events keep their lease, which marks them as claimed and
 # never answered, and go back to the place in line that they had. After a second death they go to
 # its end: at the front an innocent one would be in hand at every death that follows.
-RELEASE_DEAD = """
+#
+# Also asks for events that are due again after a failure, an ended lease, or because a writer held
+# them. New ones are not looked for: their writers wake us.
+BEAT = """
 with dead as materialized (
   select w.worker
   from listener.worker w
-  where w.worker <> %(worker)s
+  where w.worker <> %(worker)s::bigint
     and pg_catalog.pg_try_advisory_xact_lock(%(lock_class)s, w.worker::integer)
 ), theirs as materialized (
   select q.event_id, q.worker
@@ -105,7 +98,12 @@ with dead as materialized (
       where t.worker = d.worker and t.event_id not in (select h.event_id from held h)
     )
 )
-select count(*) from released
+select exists (select from released) or exists (
+  select from listener.queue q
+  where q.lane in (0, 1)
+    and q.due_at <= now()
+    and (q.attempts > 0 or q.due_at > q.queued_at)
+) as is_due
 """
 
 # --- queue -------------------------------------------------------------------------------------
@@ -156,7 +154,7 @@ returning
 """
 
 # Lease up to `events` due events, live before backfill, of that at most `backfill_events`. Events
-# whose worker died are kept apart: the first time a sixteenth of a batch, later alone, so that one
+# whose worker died are kept apart: the first time a quarter of a claim, later alone, so that one
 # that kills the process is found while its mates finish; after the last attempt they are parked.
 CLAIM = """
 with live as materialized (
@@ -185,7 +183,7 @@ with live as materialized (
   where d.deaths = (select first.deaths from due first where first.place = 1)
     and d.place <= case d.deaths
       when 0 then %(events)s
-      when 1 then greatest(%(events)s / 16, 1)
+      when 1 then greatest(%(events)s / 4, 1)
       else 1
     end
 ), token as materialized (
@@ -213,15 +211,16 @@ returning q.event_id, q.lease, q.attempts
 
 # Version and text out of one snapshot, in a statement of its own: the claim locks the newest
 # version of a queue row but would read the event as of its start, and so could pair a new version
-# with an old text.
+# with an old text. The text by a look-up of its own: as a column of the outer join it might be
+# computed for every event there is.
 READ = """
 select
   q.event_id,
   q.version,
   e.id is null as is_deleted,
-  case when e.id is null then '' else coalesce(listener.embedding_input(e), '') end as input
+  coalesce((select t.input from listener.event t where t.id = e.id), '') as input
 from listener.queue q
-left join public.iot_events e on e.id = q.event_id
+left join listener.event e on e.id = q.event_id
 where q.event_id = any(%(event_ids)s)
   and q.lease = %(lease)s
 """
@@ -248,14 +247,14 @@ with done as (
 ), alive as materialized (
   select h.event_id, h.content_hash, h.embedding
   from held h
-  join public.iot_events e on e.id = h.event_id
+  join listener.event e on e.id = h.event_id
   where h.content_hash = sha256(convert_to(
-    coalesce(listener.embedding_input(e), ''), 'UTF8'
+    coalesce(e.input, ''), 'UTF8'
   ))
   order by h.event_id
   for key share of e skip locked
 ), stored as (
-  insert into public.event_embeddings as m
+  insert into listener.embedding as m
     (event_id, embedding, model, content_hash, embedded_at)
   select a.event_id, a.embedding, %(model)s, a.content_hash, clock_timestamp()
   from alive a
@@ -284,8 +283,8 @@ OUTDATED = """
 select q.event_id
 from unnest(%(event_ids)s, %(hashes)s::bytea[]) as d (event_id, content_hash)
 join listener.queue q on q.event_id = d.event_id and q.lease = %(lease)s
-join public.iot_events e on e.id = d.event_id
-where listener.content_hash(e) is distinct from d.content_hash
+join listener.event e on e.id = d.event_id
+where e.content_hash is distinct from d.content_hash
 """
 
 # A failed attempt: due again later, or parked after the last one.
@@ -360,7 +359,7 @@ with held as materialized (
   from listener.queue q
   where q.event_id = any(%(event_ids)s)
     and q.lease = %(lease)s
-    and not exists (select from public.iot_events e where e.id = q.event_id)
+    and not exists (select from listener.event e where e.id = q.event_id)
   order by q.event_id
   for update skip locked
 )
@@ -384,7 +383,7 @@ with held as materialized (
   from listener.queue q
   where q.lane in (0, 1)
     and q.due_at = 'infinity'
-    and not exists (select from public.iot_events e where e.id = q.event_id)
+    and not exists (select from listener.event e where e.id = q.event_id)
   order by q.event_id
   for update skip locked
 )
@@ -393,8 +392,8 @@ using held h
 where q.event_id = h.event_id
 """
 DELETE_ORPHANS = """
-delete from public.event_embeddings m
-where not exists (select from public.iot_events e where e.id = m.event_id)
+delete from listener.embedding m
+where not exists (select from listener.event e where e.id = m.event_id)
   -- Not one that was written while this ran, for an event that came back with its id.
   and m.embedded_at < now()
 """
@@ -427,11 +426,11 @@ with waiting as materialized (
 select
   coalesce(
     (select nullif(count(*), 100001)
-     from (select from public.event_embeddings limit 100001) counted),
+     from (select from listener.embedding limit 100001) counted),
     (select c.reltuples::bigint from pg_catalog.pg_class c
      where c.oid = 'public.event_embeddings'::regclass)
   ) as embedded,
-  (select count(*) > 100000 from (select from public.event_embeddings limit 100001) counted)
+  (select count(*) > 100000 from (select from listener.embedding limit 100001) counted)
     as embedded_is_estimate,
   (select count(*) from waiting) as pending,
   (select count(*) from listener.queue q

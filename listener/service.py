@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -19,7 +20,7 @@ from listener.pipeline import Pipeline
 from listener.queue import EventId, Queue
 from listener.status import read_backlog
 from listener.wakeup import Stop, Wakeup
-from listener.worker import Worker
+from listener.worker import Worker, beat
 
 # Within the time limit of a statement even where reading an event takes milliseconds.
 _SWEEP_PAGE = 500
@@ -110,7 +111,7 @@ def _open_session(
         else:
             # Behind a transaction pooler a statement prepared on one server is unknown to the next.
             work.prepare_threshold = None
-        session = _Session(settings, encoder, stop, wakeup, worker, work, in_hand)
+        session = _Session(settings, encoder, stop, wakeup, worker, [work, wake], in_hand)
         session.give_back()
         yield session
 
@@ -125,16 +126,18 @@ class _Session:
         stop: Stop,
         wakeup: Wakeup,
         worker: Worker | None,
-        work: Connection,
+        connections: list[Connection],
         in_hand: dict[int, list[EventId]],
     ) -> None:
+        """The first of `connections` does the work."""
         self._stop = stop
         self._wakeup = wakeup
         self._settings = settings
         self._encoder = encoder
         self._worker = worker
-        self._work = work
-        self._queue = Queue(work, settings, worker.number if worker else None)
+        self._connections = deque(connections)
+        self._work = connections[0]
+        self._queue = Queue(self._work, settings, worker.number if worker else None)
         self._pipeline = Pipeline(settings, self._queue, encoder, stop, in_hand)
         self._next_beat = time.monotonic()
         self._next_status = time.monotonic()
@@ -193,8 +196,11 @@ class _Session:
         if time.monotonic() < self._next_beat:
             return False
         self._next_beat = time.monotonic() + _BEAT_SECONDS
-        released = self._worker.beat() if self._worker is not None else 0
-        return self._wakeup.is_overdue() or released > 0
+        if self._worker is not None:
+            self._worker.be_seen()
+        # In turn: a dead link would be as silent as a quiet day; asking finds out.
+        self._connections.rotate()
+        return beat(self._connections[0], self._worker.number if self._worker else None)
 
     def _after_batch(self) -> None:
         self._tell_systemd()

@@ -2,13 +2,58 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from psycopg import sql
 
 from listener.catalogue import Facts
 from listener.wakeup import GATE_KEY
+
+_RECORD_APPLIED = """
+insert into listener.applied as a (file, digest, columns)
+values ({file}, {digest}, {columns})
+on conflict (file) do update set
+  digest = excluded.digest,
+  columns = excluded.columns,
+  applied_at = now();
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One file of `sql/` with its placeholders filled in, or a statement that has none."""
+
+    file: str
+    text: str
+    columns: tuple[str, ...] | None = None
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the text, hex."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def reason(self) -> str:
+        """The file's opening comment."""
+        lines = []
+        for line in self.text.splitlines():
+            if not line.startswith("--"):
+                break
+            lines.append(line.removeprefix("--").strip())
+        return " ".join(lines)
+
+    @property
+    def script(self) -> str:
+        """The text, and the note in listener.applied that it was run."""
+        if not self.file.startswith("0"):
+            return self.text
+        columns = list(self.columns) if self.columns else None
+        values = {"file": self.file, "digest": self.digest, "columns": columns}
+        record = sql.SQL(_RECORD_APPLIED).format(**values)
+        return self.text.rstrip() + "\n" + record.as_string()
 
 
 def sql_text(file: str) -> str:
@@ -29,7 +74,7 @@ def sql_files() -> list[str]:
 def placeholders(facts: Facts, columns: Sequence[str]) -> dict[str, str]:
     """The values of this database; `columns` are what is embedded."""
     assert facts.key is not None  # noqa: S101  require_installable has looked
-    vector_schema = sql.Identifier(facts.vector_schema or "public").as_string()
+    vector_schema = sql.Identifier(facts.vector_schema or facts.new_vector_schema).as_string()
     return {
         "key_type": facts.key.type,
         "vector_schema": vector_schema,

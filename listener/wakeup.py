@@ -138,15 +138,6 @@ class Wakeup:
         with translated():
             return any(list(self._conn.notifies(timeout=0)))
 
-    def is_overdue(self) -> bool:
-        """Whether an event that was claimed before is due again, of which no NOTIFY tells.
-
-        A link that is dead would be as silent as a quiet day; asking finds out.
-        """
-        with translated():
-            row = self._conn.execute(queries.IS_OVERDUE).fetchone()
-        return row is not None and bool(row[0])
-
     def call_help(self, work: Connection) -> None:
         """Wake the followers: there is more in the queue than one claim holds."""
         with translated():

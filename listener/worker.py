@@ -42,20 +42,26 @@ class Worker:
                     "model": model,
                 },
             )
-        worker = cls(conn, number)
-        worker.beat()
-        yield worker
+        beat(conn, number)
+        yield cls(conn, number)
         # Not after an error: then events may still be leased, and the row tells a peer whose.
         with translated():
             conn.execute(queries.FORGET_WORKER, {"worker": number})
 
-    def beat(self) -> int:
-        """Release the events of workers whose session is gone. Returns how many."""
-        with translated():
-            parameters = {"lock_class": LOCK_CLASS, "worker": self.number}
-            row = self._conn.execute(queries.RELEASE_DEAD, parameters).fetchone()
-            if time.monotonic() >= self._next_seen:
+    def be_seen(self) -> None:
+        """Renew the time in the row, once in a while."""
+        if time.monotonic() >= self._next_seen:
+            with translated():
                 self._conn.execute(queries.SEE_WORKER, {"worker": self.number})
-                self._next_seen = time.monotonic() + _SEEN_SECONDS
-        assert row is not None  # noqa: S101  the statement has one row
-        return int(row[0])
+            self._next_seen = time.monotonic() + _SEEN_SECONDS
+
+
+def beat(conn: Connection, worker: int | None) -> bool:
+    """Release the events of workers whose session is gone, by any session of `worker`.
+
+    Returns whether an event is due again, of which no NOTIFY tells. `worker` None releases none.
+    """
+    with translated():
+        parameters = {"lock_class": LOCK_CLASS, "worker": worker}
+        row = conn.execute(queries.BEAT, parameters).fetchone()
+    return row is not None and bool(row[0])

@@ -40,7 +40,8 @@ create index if not exists queue_lane_due_at_idx on listener.queue (lane, due_at
 
 -- Every event that waits to be embedded, and since when. One that is parked is not among them, unless
 -- it has changed since.
-create or replace view listener.waiting as
+create or replace view listener.waiting
+with (security_invoker = true) as
 select w.event_id, min(w.since) as since
 from (
   select q.event_id, q.queued_at as since from listener.queue q where q.due_at < 'infinity'

@@ -17,3 +17,30 @@ comment on table public.event_embeddings is
   'Embedding of each event of iot_events, written by iot-event-listener. Compare vectors of one model only.';
 comment on column public.event_embeddings.model is 'name@revision/precision of the model';
 comment on column public.event_embeddings.content_hash is 'sha256 of the embedded text, UTF-8';
+
+-- Whoever may see an event may see its embedding, if granted select here, and nobody else: the policy
+-- asks iot_events with the reader's own rights. Once only, so that your policies and grants stay yours.
+-- Supabase gives its API roles all rights on a new table in public; these are taken back.
+do $$
+declare
+  v_role name;
+begin
+  if (
+    select c.relrowsecurity from pg_catalog.pg_class c
+    where c.oid = 'public.event_embeddings'::regclass
+  ) then
+    return;
+  end if;
+  alter table public.event_embeddings enable row level security;
+  drop policy if exists event_embeddings_as_events on public.event_embeddings;
+  create policy event_embeddings_as_events on public.event_embeddings
+  for select
+  using (exists (select from public.iot_events e where e.id = event_embeddings.event_id));
+  revoke all on public.event_embeddings from public;
+  for v_role in
+    select r.rolname from pg_catalog.pg_roles r where r.rolname in ('anon', 'authenticated')
+  loop
+    execute pg_catalog.format('revoke all on public.event_embeddings from %I', v_role);
+  end loop;
+end
+$$;

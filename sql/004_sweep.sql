@@ -17,9 +17,25 @@ exception when others then
 end
 $$;
 
+-- What the service sees of the two tables in public, with the rights of the role that installed: the
+-- id and text of an event, and the vectors. So the worker has no right on the tables themselves, sees
+-- no column that isn't embedded, and row-level security, which is about readers, hides no event from
+-- it. An event that were hidden would pass for deleted.
+create or replace view listener.event as
+select
+  e.id,
+  listener.embedding_input(e) as input,
+  listener.content_hash(e) as content_hash
+from public.iot_events e;
+
+create or replace view listener.embedding as
+select m.event_id, m.embedding, m.model, m.content_hash, m.embedded_at
+from public.event_embeddings m;
+
 -- One page of events, newest first, from a position (null: the newest) on. The row after the page
 -- gives the position of the next one. By anti-join on pages, never by "id > watermark": ids
--- commit out of order.
+-- commit out of order. Security definer, because the order is that of columns which listener.event
+-- doesn't show.
 create or replace function listener.page(
   p_from   text,
   p_limit  integer,
@@ -28,6 +44,7 @@ create or replace function listener.page(
 returns table (event_id @key_type@, content_hash bytea, place integer, next_from text)
 language plpgsql
 stable
+security definer
 set search_path = ''
 as $$
 declare
@@ -80,7 +97,7 @@ as $$
   ), lacking as materialized (
     select p.event_id, p.place
     from page p
-    left join public.event_embeddings m on m.event_id = p.event_id
+    left join listener.embedding m on m.event_id = p.event_id
     left join listener.queue q on q.event_id = p.event_id
     -- Looked up in the same snapshot: on conflict alone would queue an event again whose row
     -- a worker acknowledged in the meantime.
@@ -116,7 +133,7 @@ set search_path = ''
 as $$
   select count(*), count(m.event_id)
   from listener.page(null, p_last, null) p
-  left join public.event_embeddings m
+  left join listener.embedding m
     on m.event_id = p.event_id
     and m.model = p_model
     and m.content_hash = p.content_hash
@@ -143,9 +160,9 @@ set search_path = ''
 as $$
   select
     e.id,
-    coalesce(listener.embedding_input(e), ''),
+    coalesce(e.input, ''),
     m.model,
-    m.content_hash = listener.content_hash(e),
+    m.content_hash = e.content_hash,
     m.embedded_at,
     m.embedding,
     w.has_changed or coalesce(q.due_at < 'infinity', false),
@@ -153,8 +170,8 @@ as $$
     q.attempts,
     q.lease is not null,
     q.error
-  from public.iot_events e
-  left join public.event_embeddings m on m.event_id = e.id
+  from listener.event e
+  left join listener.embedding m on m.event_id = e.id
   left join listener.queue q on q.event_id = e.id
   cross join lateral (
     select exists (select from listener.change c where c.event_id = e.id) as has_changed
@@ -162,7 +179,8 @@ as $$
   where e.id = p_id::@key_type@
 $$;
 
--- The p_limit events nearest to a vector by cosine, among those of one model.
+-- The p_limit events nearest to a vector by cosine, among those of one model. Security definer,
+-- because its operator is in a schema that may be closed to the worker, as `extensions` is on Supabase.
 create or replace function listener.nearest(
   p_embedding  @vector@,
   p_model      text,
@@ -171,6 +189,7 @@ create or replace function listener.nearest(
 returns table (event_id @key_type@, similarity double precision, input text)
 language sql
 stable
+security definer
 set search_path = ''
 as $$
   with hits as materialized (
@@ -185,3 +204,11 @@ as $$
   join public.iot_events e on e.id = h.event_id
   order by h.distance
 $$;
+
+revoke all on function listener.embedding_input(public.iot_events) from public;
+revoke all on function listener.content_hash(public.iot_events) from public;
+revoke all on function listener.page(text, integer, timestamptz) from public;
+revoke all on function listener.sweep(text, text, integer, timestamptz) from public;
+revoke all on function listener.coverage(text, integer) from public;
+revoke all on function listener.describe(text) from public;
+revoke all on function listener.nearest(@vector@, text, integer) from public;

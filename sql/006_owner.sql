@@ -25,3 +25,5 @@ grant execute on function listener.embedding_input(public.iot_events) to listene
 
 alter function listener.queue_inserted() owner to listener_owner;
 alter function listener.queue_updated() owner to listener_owner;
+
+revoke create on schema listener from listener_owner;

@@ -4,14 +4,22 @@ drop trigger if exists listener_inserted on public.iot_events;
 drop trigger if exists listener_updated on public.iot_events;
 drop schema if exists listener cascade;
 
--- The role is shared by the databases of a server; it goes with the last one that uses it.
+-- The roles are shared by the databases of a server; they go with the last one that uses them. A login
+-- role that was a member stays.
 do $$
+declare
+  v_role name;
 begin
-  if exists (select from pg_catalog.pg_roles where rolname = 'listener_owner') then
-    drop role listener_owner;
-  end if;
-exception
-  when dependent_objects_still_exist or insufficient_privilege then
-    raise notice 'role listener_owner stays: another database uses it, or it is not yours';
+  for v_role in
+    select r.rolname from pg_catalog.pg_roles r
+    where r.rolname in ('listener_owner', 'listener_worker')
+  loop
+    begin
+      execute pg_catalog.format('drop role %I', v_role);
+    exception
+      when dependent_objects_still_exist or insufficient_privilege then
+        raise notice 'role % stays: another database uses it, or it is not yours', v_role;
+    end;
+  end loop;
 end
 $$;

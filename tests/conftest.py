@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -55,21 +56,28 @@ def server() -> Iterator[Server]:
     shutil.rmtree(home)
 
 
+def _make_server(stack: ExitStack, programs: Path, *options: str) -> Server:
+    home = Path(tempfile.mkdtemp(prefix="listener-"))
+    stack.callback(shutil.rmtree, home)
+    home.rmdir()
+    made = Server.prepared(home, programs, free_port(), "fsync=off", *options)
+    stack.callback(_stop_if_running, made)
+    made.start()
+    return made
+
+
 @pytest.fixture
 def make_server(server: Server) -> Iterator[Callable[..., Server]]:
     """Servers of the test's own, to be broken; options as `-c` settings."""
     with ExitStack() as stack:
+        yield partial(_make_server, stack, server.programs)
 
-        def make(*options: str) -> Server:
-            home = Path(tempfile.mkdtemp(prefix="listener-"))
-            stack.callback(shutil.rmtree, home)
-            home.rmdir()
-            made = Server.prepared(home, server.programs, free_port(), "fsync=off", *options)
-            stack.callback(_stop_if_running, made)
-            made.start()
-            return made
 
-        yield make
+@pytest.fixture(scope="module")
+def second_server(server: Server) -> Iterator[Server]:
+    """A server for one file, for roles of other rights than the first has."""
+    with ExitStack() as stack:
+        yield _make_server(stack, server.programs)
 
 
 def _stop_if_running(server: Server) -> None:
@@ -126,7 +134,7 @@ def database(
             lease_seconds=30.0,
         )
         with connect(settings, "listener-test") as conn:
-            yield Database(settings, conn)
+            yield Database.owned(settings, conn)
 
 
 @pytest.fixture

@@ -44,11 +44,22 @@ def free_port() -> int:
     raise AssertionError("no free port between 20000 and 32000")
 
 
+# What the service logs in as: in listener_worker, and nothing else.
+SERVICE_ROLE = "listener_service"
+
+
 def install_demo(conn: Connection) -> None:
     """The demo's iot_events with the listener installed, and the vector type known."""
     conn.execute(sql_text("demo.sql").encode())
     install.apply_plan(conn, install.plan_install(conn, read_facts(conn), None))
     register_vector(conn)
+    conn.execute(f"create role {SERVICE_ROLE} login in role listener_worker".encode())
+
+
+def as_service(url: str) -> str:
+    """The same database for the role of the service."""
+    assert "//postgres@" in url
+    return url.replace("//postgres@", f"//{SERVICE_ROLE}@")
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:
@@ -101,10 +112,20 @@ class TinyEmbedder:
 
 @dataclass
 class Database:
-    """An installed database of its own for one test, and what devices do to it."""
+    """An installed database of its own for one test, and what devices do to it.
+
+    The service has the role in `settings`, which may do no more than it must. `conn`, and who
+    writes events, is the owner of the table, who installed.
+    """
 
     settings: Settings
     conn: Connection
+    owner: Settings
+
+    @classmethod
+    def owned(cls, owner: Settings, conn: Connection) -> Database:
+        """With the service in the role of listener_worker."""
+        return cls(replace(owner, database_url=as_service(owner.database_url)), conn, owner)
 
     def insert(self, *messages: str | None) -> list[int]:
         """Insert events in one statement. Returns their ids."""
@@ -197,7 +218,13 @@ class Database:
 
     @contextmanager
     def session(self, name: str = "listener-test") -> Iterator[Connection]:
-        """Another connection."""
+        """Another connection of the owner."""
+        with connect(self.owner, name) as conn:
+            yield conn
+
+    @contextmanager
+    def service_session(self, name: str = "listener-work") -> Iterator[Connection]:
+        """A connection as the service opens it."""
         with connect(self.settings, name) as conn:
             yield conn
 

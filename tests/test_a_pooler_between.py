@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from listener.embedded import Server
-from tests.harness import Database, TinyEmbedder, free_port, listener, serving, wait_until
+from tests.harness import (
+    SERVICE_ROLE,
+    Database,
+    TinyEmbedder,
+    free_port,
+    listener,
+    serving,
+    wait_until,
+)
 
 # Debian puts it where only administrators look.
 _PROGRAM = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -25,7 +33,7 @@ def pooled(server: Server, database: Database, tmp_path: Path) -> Iterator[Datab
     """The database as a real PgBouncer in transaction mode shows it, on two connections."""
     port = free_port()
     ini, users = tmp_path / "pgbouncer.ini", tmp_path / "users.txt"
-    users.write_text('"postgres" ""\n')
+    users.write_text(f'"{SERVICE_ROLE}" ""\n')
     ini.write_text(
         f"[databases]\n* = host=127.0.0.1 port={server.port}\n"
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
@@ -45,7 +53,7 @@ def pooled(server: Server, database: Database, tmp_path: Path) -> Iterator[Datab
         wait_until(lambda: _accepts(port))
         name = database.conn.info.dbname
         yield database.with_settings(
-            database_url=f"postgresql://postgres@127.0.0.1:{port}/{name}", poll_seconds=0.2
+            database_url=f"postgresql://{SERVICE_ROLE}@127.0.0.1:{port}/{name}", poll_seconds=0.2
         )
     finally:
         process.terminate()
@@ -81,7 +89,7 @@ def test_behind_a_pooler_no_session_setting_reaches_the_other_clients(pooled: Da
         pooled.insert("a")
         wait_until(pooled.embedded)
 
-    with pooled.session() as other:
+    with pooled.service_session() as other:
         for _ in range(5):
             assert other.execute("show statement_timeout").fetchone() == ("0",)
             assert other.execute("show synchronous_commit").fetchone() == ("on",)

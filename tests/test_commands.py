@@ -220,7 +220,7 @@ def test_no_command_shows_the_password(
     """Not in output, logs, reports or tracebacks, whether things go well or not."""
     static.rows("create role secretive login superuser password 'x'")
     try:
-        server = static.settings.database_url
+        server = static.owner.database_url
         url = server.replace("postgres@", f"secretive:{PASSWORD}@")
         if not reaches:
             url = f"postgresql://secretive:{PASSWORD}@127.0.0.1:1/x"

@@ -199,7 +199,7 @@ def test_who_never_gets_the_lock_gives_up_and_changes_nothing(
     age(database)
     before = install.plan_install(database.conn, read_facts(database.conn), None)
     with forgotten_transaction(database):
-        assert gives_up(monkeypatch, database.settings, command) == 3
+        assert gives_up(monkeypatch, database.owner, command) == 3
 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("listener: no lock within")

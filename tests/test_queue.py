@@ -17,7 +17,7 @@ MODEL = TinyEmbedder.fingerprint
 @pytest.fixture
 def queue(database: Database) -> Iterator[Queue]:
     """The queue as a worker without registration sees it."""
-    with database.session("listener-work") as conn:
+    with database.service_session() as conn:
         yield Queue(conn, database.settings, None)
 
 
@@ -286,7 +286,7 @@ def test_events_of_a_dead_worker_are_tried_in_small_groups_then_alone(
         else:
             store(queue, claim)
 
-    assert sizes[:2] == [64, 4]
+    assert sizes[:2] == [64, 16]
     assert set(sizes[2:]) <= {1}
     assert set(database.embedded()) == set(mates)
 

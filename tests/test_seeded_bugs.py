@@ -33,7 +33,7 @@ _SWEEPER_LOCK = 470_213
 def ids_commit_out_of_order(database: Database) -> None:
     """The id that was taken first is committed last, both where no trigger sees it."""
     database.rows("alter table public.iot_events disable trigger user")
-    with database.session() as conn:
+    with database.service_session() as conn:
         queue = Queue(conn, database.settings, None)
         with database.session() as writer, writer.transaction():
             writer.execute(
@@ -51,7 +51,7 @@ def ids_commit_out_of_order(database: Database) -> None:
 
 def an_event_is_stored_while_it_is_swept(database: Database) -> None:
     """After the sweep looked at the vectors and before it writes to the queue."""
-    with database.session() as conn, database.session("sweeper") as sweeper:
+    with database.service_session() as conn, database.service_session("sweeper") as sweeper:
         queue = Queue(conn, database.settings, None)
         hold_sweepers(database)
         database.insert("a")
@@ -165,7 +165,7 @@ def sow_in_function(database: Database, signature: str, *parts: str) -> None:
 
 _VERSION = "\n    and q.version = d.version"
 _TEXT = """  where h.content_hash = sha256(convert_to(
-    coalesce(listener.embedding_input(e), ''), 'UTF8'
+    coalesce(e.input, ''), 'UTF8'
   ))
 """
 _LEASE = "\n    and q.lease = %(lease)s"
@@ -179,8 +179,8 @@ def watermark(_: Database, patch: pytest.MonkeyPatch) -> None:
         """
         with queued as (
           insert into listener.queue (event_id)
-          select e.id from public.iot_events e
-          where e.id > (select coalesce(max(m.event_id), 0) from public.event_embeddings m)
+          select e.id from listener.event e
+          where e.id > (select coalesce(max(m.event_id), 0) from listener.embedding m)
           returning 1
         )
         select count(*), count(*), null from queued
@@ -204,10 +204,8 @@ def no_lease_fence(_: Database, patch: pytest.MonkeyPatch) -> None:
 def no_lock_of_the_living(_: Database, patch: pytest.MonkeyPatch) -> None:
     """Every other worker passes for dead."""
     probe = "pg_catalog.pg_try_advisory_xact_lock(%(lock_class)s, w.worker::integer)"
-    assert probe in queries.RELEASE_DEAD
-    patch.setattr(
-        queries, "RELEASE_DEAD", queries.RELEASE_DEAD.replace(probe, "%(lock_class)s > 0")
-    )
+    assert probe in queries.BEAT
+    patch.setattr(queries, "BEAT", queries.BEAT.replace(probe, "%(lock_class)s > 0"))
 
 
 def no_look_at_the_queue_in_the_sweep(database: Database, _: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from listener.queue import Queue
+from listener.worker import beat
 from tests.harness import Database
 from tests.state_machine import MODEL, Change, Expected, Hand, How, Plant, Step, plant, step
 
@@ -182,7 +183,7 @@ class QueueMachine(RuleBasedStateMachine):
         """A dead peer's events are released."""
         seat = self.plant.seats[number]
         if seat.session is not None:
-            seat.worker.beat()
+            beat(seat.conn, seat.worker.number)
             assert not self.database.rows(_HELD_BY_THE_DEAD), "held by the dead"
 
     # --- operators and time --------------------------------------------------------------------

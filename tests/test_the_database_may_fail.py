@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import psycopg
@@ -24,7 +25,7 @@ def installed(server: Server) -> Iterator[Database]:
     settings = Settings(database_url=server.url(), poll_seconds=120.0, retry_seconds=0.05)
     with connect(settings, "listener-test") as conn:
         install_demo(conn)
-        yield Database(settings, conn)
+        yield Database.owned(settings, conn)
 
 
 @contextmanager
@@ -33,12 +34,12 @@ def reconnected(database: Database) -> Iterator[Database]:
 
     def open_connection() -> psycopg.Connection[object] | None:
         try:
-            return connect(database.settings, "listener-test")
+            return connect(database.owner, "listener-test")
         except Exception:  # noqa: BLE001  whatever it is, it is tried again until the deadline
             return None
 
     with wait_until(open_connection) as conn:
-        yield Database(database.settings, conn)
+        yield replace(database, conn=conn)
 
 
 def test_twenty_crashes_of_the_server_in_mid_batch_lose_double_and_park_nothing(

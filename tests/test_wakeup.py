@@ -13,7 +13,7 @@ from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
 @contextmanager
 def listening(database: Database, mode: str = "gated") -> Iterator[Wakeup]:
     """A worker's wake-up, and the connection it works on."""
-    with database.session("listener-wake") as wake, database.session("listener-work") as work:
+    with database.service_session("listener-wake") as wake, database.service_session() as work:
         wakeup = Wakeup(wake, Stop(), mode, poll_seconds=60.0)
         wakeup.listen(work)
         yield wakeup
@@ -86,7 +86,7 @@ def test_a_commit_after_the_gate_closed_ends_the_sleep(database: Database) -> No
 
 def test_a_stop_ends_a_sleep(database: Database) -> None:
     """From a signal handler or another thread, before or during it."""
-    with database.session("listener-wake") as wake:
+    with database.service_session("listener-wake") as wake:
         stop = Stop()
         wakeup = Wakeup(wake, stop, "gated", poll_seconds=60.0)
         stop.set()

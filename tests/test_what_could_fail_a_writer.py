@@ -28,7 +28,7 @@ def test_a_strict_writer_is_told_to_retry_a_delete_of_what_was_embedded_meanwhil
 ) -> None:
     """As the README says; the retry succeeds."""
     database.insert("old")
-    with database.session("listener-work") as work, database.session() as writer:
+    with database.service_session() as work, database.session() as writer:
         queue = Queue(work, database.settings, None)
         writer.execute(f"begin isolation level {level}".encode())
         writer.execute("select 1")
@@ -69,10 +69,10 @@ def small_notify_queue(
     if database.conn.info.server_version < 170000:
         pytest.skip("before PostgreSQL 17 the NOTIFY queue holds 8 GB")
     server = make_server("max_notify_queue_pages=64")
-    settings = replace(database.settings, database_url=server.url(), poll_seconds=0.5)
+    settings = replace(database.owner, database_url=server.url(), poll_seconds=0.5)
     with connect(settings, "listener-test") as conn:
         install_demo(conn)
-        yield Database(settings, conn)
+        yield Database.owned(settings, conn)
 
 
 def fill_notify_queue(conn: Connection) -> None:

@@ -184,7 +184,7 @@ def test_an_update_at_a_strict_level_succeeds_whatever_the_service_does_with_the
 ) -> None:
     """A change is only appended; what the snapshot doesn't show of the queue is in nobody's way."""
     database.insert("old", "parked")
-    with database.session("listener-work") as work, database.session() as writer:
+    with database.service_session() as work, database.session() as writer:
         queue = Queue(work, database.settings, None)
         with writer.transaction():
             writer.execute(f"set transaction isolation level {level}".encode())

@@ -1,0 +1,501 @@
+"""The service can do what it must, and nothing else; readers see what they may see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import psycopg
+import pytest
+
+from listener import install, queries
+from listener.catalogue import read_facts
+from listener.config import Settings
+from listener.database import Connection, connect
+from listener.embedded import Server
+from listener.errors import SchemaError
+from tests.harness import (
+    SERVICE_ROLE,
+    Database,
+    TinyEmbedder,
+    is_asleep,
+    listener,
+    serving,
+    wait_until,
+)
+from tests.test_docs import ARCHITECTURE, table
+from tests.test_install import install_in, with_events
+
+MakeServer = Callable[..., Server]
+
+# Every right on an object of ours, but for those of its owner.
+_GRANTS = """
+with granted as (
+  select 'schema ' || n.nspname as object, n.nspowner as owner, null as part, a.*
+  from pg_namespace n, aclexplode(n.nspacl) a
+  where n.nspname = 'listener'
+  union all
+  select c.oid::regclass::text, c.relowner, null, a.*
+  from pg_class c, aclexplode(c.relacl) a
+  where c.relnamespace = 'listener'::regnamespace
+    or c.oid in ('public.iot_events'::regclass, 'public.event_embeddings'::regclass)
+  union all
+  select c.oid::regclass::text, c.relowner, t.attname, a.*
+  from pg_class c join pg_attribute t on t.attrelid = c.oid, aclexplode(t.attacl) a
+  where c.relnamespace in ('listener'::regnamespace, 'public'::regnamespace)
+  union all
+  select 'listener.' || p.proname, p.proowner, null, a.*
+  from pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+  where p.pronamespace = 'listener'::regnamespace
+)
+select
+  object,
+  case when grantee = 0 then 'public' else grantee::regrole::text end as role,
+  lower(privilege_type) || coalesce(' (' || part || ')', '') as right_name
+from granted
+where grantee <> owner
+"""
+
+# One value for every name that a statement may ask for.
+_PARAMETERS = {
+    "attempts": 1,
+    "backfill_events": 1,
+    "channel": "listener_help",
+    "delay_seconds": 0.0,
+    "error": "why",
+    "event_id": "1",
+    "event_ids": [1],
+    "events": 1,
+    "hashes": [b""],
+    "host": "here",
+    "key": 470_219,
+    "last": 10,
+    "lease": 1,
+    "lease_seconds": 1.0,
+    "limit": 1,
+    "lock_class": 470_219,
+    "max_attempts": 5,
+    "model": TinyEmbedder.fingerprint,
+    "payload": "",
+    "pid": 1,
+    "position": "(0,1)",
+    "retry_seconds": 1.0,
+    "since": None,
+    "start": None,
+    "versions": [1],
+    "worker": 1,
+}
+
+
+def documented() -> set[tuple[str, str, str]]:
+    """The rows of the table of rights, one for each right."""
+    return {
+        (target.strip("`"), role.strip("`"), right.strip())
+        for target, role, rights, _ in table(ARCHITECTURE, "Object")
+        for right in rights.split(",")
+    }
+
+
+@contextmanager
+def role(database: Database, name: str, attributes: str = "nologin") -> Iterator[str]:
+    database.rows(f"create role {name} {attributes}")
+    try:
+        yield name
+    finally:
+        database.rows(f"drop owned by {name} cascade")
+        database.rows(f"drop role {name}")
+
+
+@contextmanager
+def acting_as(database: Database, name: str) -> Iterator[Connection]:
+    with database.session() as conn:
+        conn.execute(f"set role {name}".encode())
+        yield conn
+
+
+def seen_by(database: Database, name: str) -> list[int]:
+    with acting_as(database, name) as conn:
+        rows = conn.execute("select event_id from public.event_embeddings order by 1").fetchall()
+    return [event_id for (event_id,) in rows]
+
+
+# --- the worker ----------------------------------------------------------------------------------
+
+
+def test_the_documented_rights_are_those_in_the_catalogue(database: Database) -> None:
+    """Of every role but the owners, on every object of ours; none is for everybody."""
+    granted = set(database.rows(_GRANTS))
+
+    assert granted == documented()
+
+
+def refused(conn: Connection) -> set[str]:
+    """The names of the runtime statements for which the worker lacks a right."""
+    vector = np.zeros(384, np.float32)
+    parameters = {**_PARAMETERS, "embedding": vector, "embeddings": [vector]}
+    statements = {name: text for name, text in vars(queries).items() if name.isupper()}
+    lacking = set()
+    for name, text in statements.items():
+        try:
+            with conn.transaction(force_rollback=True):
+                conn.execute(text.encode(), parameters)
+        except psycopg.errors.InsufficientPrivilege:
+            lacking.add(name)
+    return lacking
+
+
+def test_every_statement_may_be_executed_and_needs_each_right(database: Database) -> None:
+    """Exactly what the service uses: with any one right less, some statement fails."""
+    ids = database.insert("a", "b")
+    database.rows("delete from listener.change where event_id = %s", ids[0])
+    database.rows("insert into listener.queue (event_id) values (%s)", ids[0])
+    rights = [(o, r) for o, role_name, r in documented() if role_name == "listener_worker"]
+    signatures = database.rows(
+        "select 'listener.' || proname, 'function ' || oid::regprocedure from pg_proc "
+        "where pronamespace = 'listener'::regnamespace"
+    )
+    names = dict(signatures)
+    with database.service_session() as conn:
+        assert refused(conn) == set()
+
+        for target, right in rights:
+            name = names.get(target, target if " " in target else f"table {target}")
+            database.rows(f"revoke {right} on {name} from listener_worker")
+            assert refused(conn), f"{right} on {target} is not needed"
+            database.rows(f"grant {right} on {name} to listener_worker")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "select from public.iot_events",
+        "update public.iot_events set message = 'x'",
+        "delete from public.iot_events",
+        "select from public.event_embeddings",
+        "truncate public.event_embeddings",
+        "update listener.event set id = 2",
+        "delete from listener.event",
+        "insert into listener.event (id) values (2)",
+        "insert into listener.change (event_id) values (1)",
+        "update listener.change set event_id = 2",
+        "select from listener.applied",
+        "drop table listener.queue",
+        "create table listener.mine ()",
+        "create function listener.mine() returns int language sql as 'select 1'",
+        "select setval('listener.lease_token', 1)",
+        "alter table public.iot_events disable trigger listener_inserted",
+    ],
+)
+def test_the_worker_is_refused(database: Database, statement: str) -> None:
+    """What it need not do it can't do."""
+    database.insert("a")
+    # Which would refuse the statement before it is asked who may.
+    database.rows("alter table public.iot_events alter id drop identity")
+
+    with (
+        database.service_session() as conn,
+        pytest.raises(psycopg.errors.InsufficientPrivilege),
+    ):
+        conn.execute(statement.encode())
+
+
+def test_the_column_by_which_the_worker_locks_events_changes_none(database: Database) -> None:
+    """The right to update it is the right to lock, because it is computed."""
+    database.insert("a")
+
+    with (
+        database.service_session() as conn,
+        pytest.raises(psycopg.errors.FeatureNotSupported, match="cannot update column"),
+    ):
+        conn.execute("update listener.event set input = 'x'")
+
+
+def test_the_service_under_test_is_in_listener_worker_and_nothing_else(
+    database: Database,
+) -> None:
+    """So that the rest of the suite proves that these rights suffice."""
+    with serving(database):
+        wait_until(lambda: is_asleep(database))
+        roles = database.rows(
+            "select distinct usename from pg_stat_activity "
+            "where datname = current_database() and application_name like 'listener-w%%'"
+        )
+    attributes = database.rows(
+        "select rolsuper, rolcreaterole, rolcreatedb, rolbypassrls, rolreplication "
+        "from pg_roles where rolname in (%s, 'listener_worker')",
+        SERVICE_ROLE,
+    )
+    member_of = database.rows(
+        "select roleid::regrole::text from pg_auth_members where member = %s::regrole",
+        SERVICE_ROLE,
+    )
+
+    assert roles == [(SERVICE_ROLE,)]
+    assert attributes == [(False,) * 5] * 2
+    assert member_of == [("listener_worker",)]
+
+
+def test_a_write_through_the_views_is_planned_as_on_the_tables(database: Database) -> None:
+    """The views vanish in the planner, whatever the tables hold."""
+    database.insert(*map(str, range(2000)))
+    database.rows("insert into listener.queue (event_id) select id from public.iot_events")
+    database.rows("analyze")
+    bare = queries.WRITE
+    for view, relation in (
+        ("listener.embedding", "public.event_embeddings"),
+        ("listener.event e", "public.iot_events e"),
+        ("e.input", "listener.embedding_input(e)"),
+    ):
+        assert view in bare
+        bare = bare.replace(view, relation)
+    parameters = {**_PARAMETERS, "embeddings": [np.zeros(384, np.float32)]}
+
+    def plan(conn: Connection, statement: str) -> list[str]:
+        rows = conn.execute(f"explain (costs off) {statement}".encode(), parameters).fetchall()
+        return [line for (line,) in rows]
+
+    with database.service_session() as conn:
+        assert plan(conn, queries.WRITE) == plan(database.conn, bare)
+
+
+# --- readers and row-level security --------------------------------------------------------------
+
+
+def hide_events(database: Database) -> None:
+    """Events are for whom their device_id names."""
+    database.rows("alter table public.iot_events enable row level security")
+    database.rows(
+        "create policy own on public.iot_events for select using (device_id = current_user)"
+    )
+
+
+def test_a_reader_sees_an_embedding_only_if_it_may_see_the_event(database: Database) -> None:
+    """The policy of iot_events decides; the service embeds what it hides all the same."""
+    hide_events(database)
+    with serving(database), role(database, "tenant") as tenant:
+        database.insert("not theirs")
+        (theirs,) = database.rows(
+            "insert into public.iot_events (device_id, event_type, severity) "
+            "values ('tenant', 't', 's') returning id"
+        )[0]
+        database.wait_for_rest()
+        database.rows("grant select on public.iot_events, public.event_embeddings to tenant")
+
+        assert seen_by(database, tenant) == [theirs]
+    assert len(database.embedded()) == 2
+    database.assert_invariant()
+
+
+def test_a_reader_without_a_right_on_events_reads_no_embedding(database: Database) -> None:
+    """Vectors give texts away."""
+    with serving(database), role(database, "stranger") as stranger:
+        database.insert("a")
+        database.wait_for_rest()
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="event_embeddings"):
+            seen_by(database, stranger)
+        database.rows(f"grant select on public.event_embeddings to {stranger}")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="iot_events"):
+            seen_by(database, stranger)
+
+
+def test_the_policy_costs_the_owner_nothing_and_a_reader_no_index(database: Database) -> None:
+    """The owner is past it; a reader's search still walks the vector index."""
+    database.rows(
+        "create index vectors on public.event_embeddings using hnsw (embedding vector_cosine_ops)"
+    )
+    search = (
+        "explain select event_id from public.event_embeddings "
+        "order by embedding <=> array_fill(1, array[384])::vector limit 10"
+    )
+    with role(database, "searcher") as searcher:
+        database.rows(f"grant select on public.iot_events, public.event_embeddings to {searcher}")
+        plans = {}
+        for name in ("postgres", searcher):
+            with acting_as(database, name) as conn:
+                conn.execute("set enable_seqscan = off")
+                plans[name] = str(conn.execute(search.encode()).fetchall())
+
+    assert all("Index Scan using vectors" in plan for plan in plans.values())
+    assert "SubPlan" in plans[searcher]
+    assert "SubPlan" not in plans["postgres"]
+
+
+def test_a_reader_has_no_way_into_the_private_schema(database: Database) -> None:
+    """Not to its tables, views or functions."""
+    with role(database, "curious") as curious, acting_as(database, curious) as conn:
+        for statement in ("select from listener.queue", "select listener.coverage('m', 1)"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                conn.execute(statement.encode())
+
+
+def test_the_operators_policies_and_grants_outlive_an_install(database: Database) -> None:
+    """The table is closed once; who may read it afterwards is the operator's choice."""
+    with role(database, "analyst") as analyst:
+        database.rows("drop policy event_embeddings_as_events on public.event_embeddings")
+        database.rows(f"grant select on public.event_embeddings to {analyst}")
+        database.rows(f"create policy mine on public.event_embeddings to {analyst} using (true)")
+        database.rows("update listener.applied set digest = 'of an earlier version'")
+
+        install_in(database.conn)
+
+        assert seen_by(database, analyst) == []
+        policies = database.rows("select polname from pg_policy")
+    assert policies == [("mine",)]
+
+
+def test_row_security_that_hides_events_from_their_owner_is_refused(
+    make_server: MakeServer,
+) -> None:
+    """An event that the service doesn't see would pass for deleted."""
+    with plain_owner(make_server()) as (database, _):
+        install_in(database.conn)
+        database.rows("alter table public.iot_events enable row level security")
+        install.verify(database.conn)
+        database.rows("alter table public.iot_events force row level security")
+
+        with pytest.raises(SchemaError, match="no force row level security"):
+            install.verify(database.conn)
+        with pytest.raises(SchemaError, match="no force row level security"):
+            install_in(database.conn)
+
+
+# --- the owner -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "alter table public.iot_events add column extra text",
+        "alter table public.iot_events drop column created_at",
+        "alter table public.iot_events alter message type varchar(1000)",
+        "alter table public.iot_events alter created_at type timestamp",
+    ],
+)
+def test_the_owner_may_alter_the_table_as_before(database: Database, statement: str) -> None:
+    """The views depend on the key alone."""
+    database.rows(statement)
+
+    database.insert("a")
+    with serving(database.with_settings(backfill_last_n=0)):
+        wait_until(database.embedded)
+
+
+@contextmanager
+def plain_owner(server: Server) -> Iterator[tuple[Database, Connection]]:
+    """A table whose owner may create no role, on a server without ours; and an administrator."""
+    url = server.url()
+    with connect(Settings(database_url=url), "admin") as admin:
+        admin.execute("create extension vector")
+        admin.execute("create role plain login")
+        admin.execute("grant create on schema public to plain")
+        admin.execute("grant create on database postgres to plain")
+        with with_events(
+            url.replace("//postgres@", "//plain@"), "id bigint primary key, message text"
+        ) as database:
+            yield database, admin
+
+
+def embeds(database: Database, event_id: int) -> bool:
+    database.rows("insert into public.iot_events values (%s, 'a')", event_id)
+    with serving(database):
+        database.wait_for_rest()
+    return event_id in database.embedded()
+
+
+def test_without_any_role_of_ours_the_owner_installs_upgrades_and_serves(
+    make_server: MakeServer,
+) -> None:
+    """Who can't create roles is told, and does without."""
+    with plain_owner(make_server()) as (database, _):
+        first = install_in(database.conn)
+        assert embeds(database, 1)
+        make_older(database)
+
+        upgrade = install_in(database.conn)
+
+        assert embeds(database, 2)
+        assert install_in(database.conn).steps == ()
+        assert database.rows("select from pg_roles where rolname like 'listener%%'") == []
+    for plan in (first, upgrade):
+        assert [note.split("role listener_")[1].split()[0] for note in plan.notes] == [
+            "owner",
+            "worker:",
+        ]
+
+
+def test_a_worker_role_that_somebody_else_creates_gets_its_rights_by_the_next_install(
+    make_server: MakeServer,
+) -> None:
+    """As the note says."""
+    with plain_owner(make_server()) as (database, admin):
+        install_in(database.conn)
+        admin.execute("create role listener_worker nologin")
+        admin.execute("create role helper login in role listener_worker")
+
+        plan = install_in(database.conn)
+
+        assert [step.file for step in plan.steps] == ["009_worker.sql"]
+        url = database.settings.database_url.replace("//plain@", "//helper@")
+        assert embeds(database.with_settings(database_url=url), 1)
+
+
+def make_older(database: Database) -> None:
+    """As before there were views and row-level security."""
+    database.rows("drop view listener.event, listener.embedding")
+    database.rows("drop policy event_embeddings_as_events on public.event_embeddings")
+    database.rows("alter table public.event_embeddings disable row level security")
+    database.rows("grant execute on all functions in schema listener to public")
+    database.rows("update listener.applied set digest = 'of an earlier version'")
+    database.rows("delete from listener.applied where file like '009%%'")
+
+
+def test_an_upgrade_closes_what_was_open(database: Database) -> None:
+    """Row-level security comes on, and everybody's rights go."""
+    make_older(database)
+    database.rows("revoke all on all tables in schema listener from listener_worker")
+    database.rows("grant all on public.event_embeddings to public")
+
+    install_in(database.conn)
+
+    assert set(database.rows(_GRANTS)) == documented()
+    assert database.rows("select polname from pg_policy") == [("event_embeddings_as_events",)]
+    database.insert("a")
+    with serving(database):
+        database.wait_for_rest()
+
+
+def test_an_uninstall_takes_roles_and_rights_and_leaves_the_login_role(
+    make_server: MakeServer,
+) -> None:
+    """Unless another database of the server uses them."""
+    server = make_server()
+    roles = "select rolname from pg_roles where rolname like 'listener%' order by 1"
+    settings = Settings(database_url=server.url())
+    with connect(settings, "first") as first:
+        first.execute("create database other")
+        for conn in (first, connect(Settings(database_url=server.url("other")), "second")):
+            conn.execute("create table public.iot_events (id bigint primary key, message text)")
+            install_in(conn)
+            if conn is not first:
+                second = conn
+        first.execute("create role listener_login login in role listener_worker")
+
+        install.apply_plan(first, install.plan_uninstall(drop_embeddings=False))
+        kept = first.execute(roles).fetchall()
+        install.apply_plan(second, install.plan_uninstall(drop_embeddings=True))
+        left = first.execute(roles).fetchall()
+        second.close()
+
+    assert kept == [("listener_login",), ("listener_owner",), ("listener_worker",)]
+    assert left == [("listener_login",)]
+
+
+def test_check_as_the_worker_names_its_role(database: Database, static_model: object) -> None:
+    """It passes with no more than the rights of the worker."""
+    settings = database.with_settings(embedding_model=str(static_model)).settings
+
+    finished = listener(settings, "check")
+
+    assert f"as {SERVICE_ROLE}" in finished.stdout
+    assert read_facts(database.conn).worker_role_exists
