@@ -354,7 +354,7 @@ def test_a_disabled_or_dropped_trigger_is_put_right_by_install(
 
     plan = install_in(database.conn)
 
-    assert plan.steps[-1].file == "007_triggers.sql"
+    assert "007_triggers.sql" in [step.file for step in plan.steps]
     assert install_in(database.conn).steps == ()
 
 
