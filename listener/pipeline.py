@@ -10,8 +10,10 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from listener.config import Settings
+from listener.counters import counters
 from listener.encoding import Encoded, Encoder
 from listener.errors import EmbeddingError, EncodeHung, ModelFault
+from listener.health import health
 from listener.logs import log
 from listener.queue import Claim, Event, EventId, Queue
 from listener.wakeup import Stop
@@ -117,6 +119,7 @@ class Pipeline:
         """Wait for the first batch's vectors; extend leases, and on a stop give the rest back."""
         extended = time.monotonic()
         while not wait([batches[0].encoding], timeout=_LOOK_UP_SECONDS).done:
+            health.progressed()
             if self._stop.is_set():
                 self._give_back_unstarted(batches)
             if self._seconds_in_hand(batches[0]) > self._settings.encode_seconds:
@@ -154,6 +157,7 @@ class Pipeline:
         while self._finished - self._written[0][0] > _UNDONE_SECONDS:
             self._in_hand.pop(self._written.popleft()[1], None)
         self._adapt(len(batch.events), seconds)
+        counters.batch(len(batch.events), encoded.encoded, encoded.reused)
         log(
             logging.INFO,
             "batch_stored",

@@ -143,6 +143,11 @@ order by t.event_id
 on conflict (event_id) do update set
   version = q.version + 1,
   lane = 0,
+  -- One that waited for a backfill, or was parked, waits for its change from now on.
+  queued_at = case
+    when q.lane = 0 and q.due_at < 'infinity' then q.queued_at
+    else excluded.queued_at
+  end,
   due_at = excluded.due_at,
   lease = excluded.lease,
   worker = excluded.worker,
@@ -180,7 +185,7 @@ with live as materialized (
     case when d.lease is null then 0 else d.attempts end as deaths
   from (select * from live union all select * from backfill) d
 ), taken as (
-  select d.event_id
+  select d.event_id, d.deaths > 0 as was_leased
   from due d
   where d.deaths = (select first.deaths from due first where first.place = 1)
     and d.place <= case d.deaths
@@ -208,7 +213,7 @@ set
 from taken t
 cross join token k
 where q.event_id = t.event_id
-returning q.event_id, q.lease, q.attempts
+returning q.event_id, q.lease, q.attempts, t.was_leased
 """
 
 # Version and text out of one snapshot, in a statement of its own: the claim locks the newest
@@ -270,7 +275,11 @@ with done as (
 delete from listener.queue q
 using stored s
 where q.event_id = s.event_id
-returning q.event_id
+returning
+  q.event_id,
+  -- Since the writer's transaction began; nobody waited for a backfill.
+  case when q.lane = 0 then extract(epoch from clock_timestamp() - q.queued_at)::float8 end
+    as seconds_since_change
 """
 
 STILL_LEASED = """

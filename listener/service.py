@@ -10,9 +10,11 @@ from contextlib import ExitStack, contextmanager
 
 from listener import notify_systemd, queries
 from listener.config import Settings
+from listener.counters import counters
 from listener.database import Connection, connect, reconnecting, translated
 from listener.encoding import Encoder
 from listener.errors import ConnectionLost, ModelFault
+from listener.health import health
 from listener.install import verify
 from listener.logs import log
 from listener.pipeline import Pipeline
@@ -46,6 +48,7 @@ class Service:
             try:
                 self._connect_and_serve(once)
             except ConnectionLost as error:
+                counters.reconnects += 1
                 log(logging.WARNING, "connection_lost", cause=error)
                 # A server that accepts connections and then fails must not be hammered.
                 self._stop.wait(random.uniform(0.05, 0.5))  # noqa: S311  jitter
@@ -60,13 +63,15 @@ class Service:
         with ExitStack() as stack:
             for attempt in reconnecting(self._stop):
                 with attempt:
+                    health.progressed()
                     session = stack.enter_context(
                         _open_session(self._settings, self._encoder, self._stop, self._in_hand)
                     )
             if once:
                 session.run_once()
             else:
-                session.serve()
+                with health.serving(self._encoder.fingerprint):
+                    session.serve()
 
     def _wait_for_model(self, error: ModelFault) -> None:
         log(
@@ -168,6 +173,7 @@ class _Session:
         """Sleep in beats. Returns whether there is reason to look at the queue."""
         deadline = time.monotonic() + min(seconds, self._seconds_to_sweep())
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
+            health.progressed()
             to_beat = max(self._next_beat - time.monotonic(), 0.0)
             if self._wakeup.sleep(min(left, to_beat)):
                 return True

@@ -31,7 +31,7 @@ SETTINGS = {spec.name.upper(): spec for spec in fields(Settings)}
 
 # A module imports from lower lines only, never from its own.
 LAYERS = (
-    {"__init__", "errors", "queries", "notify_systemd"},
+    {"__init__", "counters", "errors", "health", "notify_systemd", "queries"},
     {"config", "embedded", "passes"},
     {"logs", "model"},
     {"database"},
@@ -40,8 +40,8 @@ LAYERS = (
     {"engine_openvino", "engine_static", "engine_torch", "install"},
     {"convert", "embedder"},
     {"encoding"},
-    {"checks", "console", "pipeline"},
-    {"service"},
+    {"checks", "console", "metrics", "pipeline"},
+    {"endpoint", "service"},
     {"demo"},
     {"commands_install", "commands_read", "commands_run"},
     {"cli"},
@@ -61,6 +61,7 @@ READS = {
     "configure_logs(": "LOG_FORMAT",
     "load_encoder(": "BATCH_TOKENS",
     "_serve(": "LEASE_SECONDS",
+    "start_endpoint(": "METRICS_PORT",
     "load_embedder(": "ENGINE",
     "locate(": "EMBEDDING_MODEL",
     "fetch(": "EMBEDDING_REVISION",
