@@ -1,4 +1,4 @@
-"""What a worker costs that has nothing to do: its start, memory, processor time and queries."""
+"""What a worker costs that has nothing to do: start, memory, processor time, queries, log."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ _STARTS = 5
 # It has worked by then, and what a start leaves to do is done.
 _SETTLE_SECONDS = 20.0
 _PATIENCE_SECONDS = 120.0
+_HOUR = 3600
 _TARGET_READY_SECONDS, _TARGET_MEBIBYTES, _TARGET_CPU, _TARGET_QUERIES = 2.0, 450.0, 0.005, 2.0
 
 # Each statement of a worker is a transaction of its own.
@@ -39,12 +40,16 @@ select 'pump-1', 'status', 'info', 'reading ' || g from generate_series(1, 500) 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Seconds to READY of each start, resident MiB, and at rest share of a core and queries/s."""
+    """Seconds to READY of each start, resident MiB.
+
+    And at rest, in a second: processor seconds, queries, log lines.
+    """
 
     ready: tuple[float, ...]
     mebibytes: float
     cpu: float
     queries: float
+    lines: float
 
 
 def run(cluster: Cluster, model: Model, idle: float, engine: str) -> Section:
@@ -81,6 +86,7 @@ def _watch(process: LoggedProcess, url: str, ready: tuple[float, ...], idle: flo
             return int(row[0])
 
         cpu, queries, began = _cpu_seconds(pid), transactions(), time.monotonic()
+        lines = len(process.lines())
         time.sleep(idle)
         seconds = time.monotonic() - began
         return Footprint(
@@ -88,6 +94,7 @@ def _watch(process: LoggedProcess, url: str, ready: tuple[float, ...], idle: flo
             _resident(pid),
             (_cpu_seconds(pid) - cpu) / seconds,
             (transactions() - queries) / seconds,
+            (len(process.lines()) - lines) / seconds,
         )
 
 
@@ -110,14 +117,17 @@ def _section(model: Model, engine: str, found: Footprint, idle: float) -> Sectio
         f"Footprint, engine {engine}, model {model.name}",
         f"From the start of the process to `listening` in its log, median of {_STARTS} starts with "
         f"files in the cache of the system; then, after 500 events and {_SETTLE_SECONDS:.0f} s of "
-        f"rest, resident memory, and for {idle:.0f} s its processor time and the transactions that "
-        "the server counts in its database.",
+        f"rest, resident memory, and for {idle:.0f} s its processor time, the transactions that "
+        "the server counts in its database, and the lines of its log.",
         ("figure", "value", "target"),
         (
             ("seconds to READY", f"{ready:.2f}", at_most(ready, _TARGET_READY_SECONDS)),
             ("resident, MiB", f"{memory:.0f}", at_most(memory, _TARGET_MEBIBYTES)),
             ("at rest, share of a core", f"{found.cpu:.2%}", at_most(found.cpu, _TARGET_CPU)),
             ("at rest, queries/s", f"{found.queries:.2f}", at_most(found.queries, _TARGET_QUERIES)),
+            ("at rest, processor seconds an hour", f"{found.cpu * _HOUR:.1f}", ""),
+            ("at rest, queries an hour", f"{found.queries * _HOUR:.0f}", ""),
+            ("at rest, log lines an hour", f"{found.lines * _HOUR:.0f}", ""),
         ),
         ("the targets of READY and memory are those of the fast engine",),
     )

@@ -36,7 +36,7 @@ from listener.wakeup import Stop
 _NICE = 10
 
 
-@click.command("run", cls=Command, settings=SERVICE)
+@click.command("run", cls=Command, settings=(*SERVICE, "metrics_port", "metrics_host"))
 @click.option("--once", is_flag=True, help="Embed what is due and the last N, then end.")
 @click.option("--backfill-last", type=click.IntRange(0), help="Instead of BACKFILL_LAST_N.")
 def run_command(once: bool, backfill_last: int | None) -> None:
@@ -49,6 +49,11 @@ def run_command(once: bool, backfill_last: int | None) -> None:
     if os.getpriority(os.PRIO_PROCESS, 0) < _NICE:
         os.setpriority(os.PRIO_PROCESS, 0, _NICE)
     stop = stop_on_signals()
+    if settings.metrics_port and not once:
+        # Imports what only the endpoint needs.
+        from listener.endpoint import start_endpoint
+
+        start_endpoint(settings)
     _serve(settings, stop, once=once)
 
 

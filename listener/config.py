@@ -82,6 +82,10 @@ class Settings:
         "gated: writers NOTIFY only while the service sleeps; always; never: poll only.",
         choices=("gated", "always", "never"),
     )
+    metrics_port: int = _setting(
+        0, "Port of /metrics, /healthz and /readyz; 0 for none. Needs the extra `metrics`."
+    )
+    metrics_host: str = _setting("127.0.0.1", "Address that this port is opened on.")
     reports_dir: Path = _setting(
         Path("_reports"), "Where commands that change the database leave their reports."
     )

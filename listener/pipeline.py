@@ -9,10 +9,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from listener import notify_systemd
 from listener.config import Settings
+from listener.counters import counters
 from listener.encoding import Encoded, Encoder
 from listener.errors import EmbeddingError, EncodeHung, ModelFault
+from listener.health import health
 from listener.logs import log
 from listener.queue import Claim, Event, EventId, Queue
 from listener.wakeup import Stop
@@ -136,7 +137,7 @@ class Pipeline:
         extended = time.monotonic()
         while not wait([batches[0].encoding], timeout=_LOOK_UP_SECONDS).done:
             # A long encode is no hang; one that takes too long is ended below.
-            notify_systemd.alive()
+            health.progressed()
             if self._stop.is_set():
                 self._give_back_unstarted(batches)
             if self._seconds_in_hand(batches[0]) > self._settings.encode_seconds:
@@ -173,6 +174,7 @@ class Pipeline:
         self._done, self._spent = self._done + len(batch.events), self._spent + seconds
         if batch.is_last:
             self._end_claim(batch.lease)
+        counters.batch(len(batch.events), encoded.encoded, encoded.reused)
         log(
             logging.INFO,
             "batch_stored",

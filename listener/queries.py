@@ -141,6 +141,11 @@ order by t.event_id
 on conflict (event_id) do update set
   version = q.version + 1,
   lane = 0,
+  -- One that waited for a backfill, or was parked, waits for its change from now on.
+  queued_at = case
+    when q.lane = 0 and q.due_at < 'infinity' then q.queued_at
+    else excluded.queued_at
+  end,
   due_at = excluded.due_at,
   lease = excluded.lease,
   worker = excluded.worker,
@@ -178,7 +183,7 @@ with live as materialized (
     case when d.lease is null then 0 else d.attempts end as deaths
   from (select * from live union all select * from backfill) d
 ), taken as (
-  select d.event_id
+  select d.event_id, d.deaths > 0 as was_leased
   from due d
   where d.deaths = (select first.deaths from due first where first.place = 1)
     and d.place <= case d.deaths
@@ -206,7 +211,7 @@ set
 from taken t
 cross join token k
 where q.event_id = t.event_id
-returning q.event_id, q.lease, q.attempts
+returning q.event_id, q.lease, q.attempts, t.was_leased
 """
 
 # Version and text out of one snapshot, in a statement of its own: the claim locks the newest
@@ -269,7 +274,11 @@ with done as (
 delete from listener.queue q
 using stored s
 where q.event_id = s.event_id
-returning q.event_id
+returning
+  q.event_id,
+  -- Since the writer's transaction began; nobody waited for a backfill.
+  case when q.lane = 0 then extract(epoch from clock_timestamp() - q.queued_at)::float8 end
+    as seconds_since_change
 """
 
 STILL_LEASED = """
@@ -417,43 +426,37 @@ returning q.event_id
 
 # --- reading -----------------------------------------------------------------------------------
 
-# Counting stops at 100,000; beyond that the planner's estimate serves, so that status costs the
-# same on a table of any size.
 STATUS = """
-with waiting as materialized (
-  select w.event_id, w.since from listener.waiting w
-)
 select
-  coalesce(
-    (select nullif(count(*), 100001)
-     from (select from listener.embedding limit 100001) counted),
-    (select c.reltuples::bigint from pg_catalog.pg_class c
-     where c.oid = 'public.event_embeddings'::regclass)
-  ) as embedded,
-  (select count(*) > 100000 from (select from listener.embedding limit 100001) counted)
-    as embedded_is_estimate,
-  (select count(*) from waiting) as pending,
-  (select count(*) from listener.queue q
-   where q.due_at = 'infinity' and q.event_id not in (select w.event_id from waiting w)) as parked,
-  (select extract(epoch from now() - min(w.since))::float8 from waiting w)
-    as oldest_pending_seconds,
-  (select q.error from listener.queue q where q.error is not null
-   order by q.due_at desc, q.queued_at desc limit 1) as last_error
+  s.embedded,
+  s.embedded_is_estimate,
+  s.pending,
+  s.pending_live,
+  s.pending_backfill,
+  s.oldest_pending_seconds,
+  s.parked,
+  s.last_error
+from listener.status s
 """
 
-# Those whose session lives: they hold the lock of their number.
+# Until the transaction's end; a pooler's next client doesn't inherit it.
+LIMIT_STATEMENT = "select pg_catalog.set_config('statement_timeout', %(duration)s, true)"
+
+# Only what a metric shows: a column of the view that isn't asked for is not computed.
+GAUGES = """
+select
+  s.pending_live,
+  s.pending_backfill,
+  coalesce(s.oldest_live_seconds, 0) as oldest_live_seconds,
+  coalesce(s.oldest_backfill_seconds, 0) as oldest_backfill_seconds,
+  s.parked,
+  s.workers
+from listener.status s
+"""
+
 WORKERS = """
 select w.worker, w.host, w.pid, w.model, w.started_at, w.seen_at
-from listener.worker w
-where exists (
-  select from pg_catalog.pg_locks l
-  join pg_catalog.pg_database d on d.oid = l.database
-  where d.datname = current_database()
-    and l.locktype = 'advisory'
-    and l.granted
-    and l.classid = %(lock_class)s
-    and l.objid = w.worker
-)
+from listener.live_worker w
 order by w.worker
 """
 

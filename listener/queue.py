@@ -17,7 +17,9 @@ from psycopg import errors
 
 from listener import queries
 from listener.config import Settings
+from listener.counters import counters
 from listener.database import Connection, Vectors, translated
+from listener.health import health
 from listener.logs import log
 
 EventId = int | str | UUID
@@ -97,11 +99,8 @@ class Queue:
 
     def _take(self, events: int) -> Claim | None:
         """Changes since the last time, from where that ended; None if there are none at all."""
-        parameters = {
-            "events": events,
-            "lease_seconds": self._settings.lease_seconds,
-            "worker": self._worker,
-        }
+        seconds = self._settings.lease_seconds
+        parameters = {"events": events, "lease_seconds": seconds, "worker": self._worker}
         rows = self._execute(queries.TAKE, position=self._position, **parameters)
         if not rows and self._position != _FIRST_PLACE:
             rows = self._execute(queries.TAKE, position=_FIRST_PLACE, **parameters)
@@ -123,13 +122,14 @@ class Queue:
         )
         if not rows:
             return None
-        for event_id, lease, attempts in rows:
+        counters.lease_expiries += any(was_leased for *_, was_leased in rows)
+        for event_id, lease, attempts, _ in rows:
             if lease is None:
                 log(logging.ERROR, "event_parked", event_id=event_id, attempts=attempts)
         return Claim(
-            lease=next((lease for _, lease, _ in rows if lease is not None), 0),
-            event_ids=[event_id for event_id, lease, _ in rows if lease is not None],
-            retried=any(attempts > 1 for _, _, attempts in rows),
+            lease=next((lease for _, lease, *_ in rows if lease is not None), 0),
+            event_ids=[event_id for event_id, lease, *_ in rows if lease is not None],
+            retried=any(attempts > 1 for _, _, attempts, _ in rows),
             is_full=len(rows) >= events,
         )
 
@@ -220,7 +220,8 @@ class Queue:
             return self._write(lease, events[:half], vectors[:half], model) | self._write(
                 lease, events[half:], vectors[half:], model
             )
-        return {event_id for (event_id,) in rows}
+        counters.stored(seconds for _, seconds in rows)
+        return {event_id for event_id, _ in rows}
 
     def fail(self, lease: int, event_ids: Sequence[EventId], reason: str) -> int:
         """Count a failed attempt: due again after a while, or parked with the reason.
@@ -235,6 +236,7 @@ class Queue:
             max_attempts=self._settings.max_attempts,
             retry_seconds=self._settings.retry_seconds,
         )
+        counters.failed_attempts += len(rows)
         for event_id, attempts, parked, seconds in rows:
             fields = {"event_id": event_id, "attempts": attempts, "cause": reason[:200]}
             if parked:
@@ -250,12 +252,8 @@ class Queue:
 
     def extend(self, lease: int, event_ids: Sequence[EventId]) -> None:
         """A sign of life: the lease runs from now."""
-        self._execute(
-            queries.EXTEND,
-            event_ids=list(event_ids),
-            lease=lease,
-            lease_seconds=self._settings.lease_seconds,
-        )
+        ids, seconds = list(event_ids), self._settings.lease_seconds
+        self._execute(queries.EXTEND, event_ids=ids, lease=lease, lease_seconds=seconds)
 
     def sweep(
         self, model: str, start: str | None, events: int, since: datetime | None = None
@@ -294,6 +292,7 @@ class Queue:
         return int(self._execute(queries.PARKED_COUNT)[0][0])
 
     def _execute(self, statement: str, **parameters: Any) -> list[Any]:
+        health.progressed()
         with translated():
             cursor = self._conn.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else []

@@ -11,9 +11,11 @@ from contextlib import ExitStack, contextmanager
 
 from listener import notify_systemd, queries
 from listener.config import Settings
+from listener.counters import counters
 from listener.database import Connection, connect, reconnecting, translated
 from listener.encoding import Encoder
 from listener.errors import ConnectionLost, ModelFault
+from listener.health import health
 from listener.install import verify
 from listener.logs import log
 from listener.pipeline import Pipeline
@@ -50,6 +52,7 @@ class Service:
             try:
                 self._connect_and_serve(once)
             except ConnectionLost as error:
+                counters.reconnects += 1
                 log(logging.WARNING, "connection_lost", cause=error)
                 # A server that accepts connections and then fails must not be hammered.
                 self._stop.wait(random.uniform(0.05, 0.5))  # noqa: S311  jitter
@@ -65,7 +68,7 @@ class Service:
             for attempt in reconnecting(self._stop):
                 with attempt:
                     # A database that is down is no hang.
-                    notify_systemd.alive()
+                    health.progressed()
                     notify_systemd.status("connecting to Postgres")
                     session = stack.enter_context(
                         _open_session(self._settings, self._encoder, self._stop, self._in_hand)
@@ -73,7 +76,8 @@ class Service:
             if once:
                 session.run_once()
             else:
-                session.serve()
+                with health.serving(self._encoder.fingerprint):
+                    session.serve()
 
     def _wait_for_model(self, error: ModelFault) -> None:
         log(
@@ -86,7 +90,7 @@ class Service:
         notify_systemd.status("the model can't run; the log says why")
         deadline = time.monotonic() + self._settings.poll_seconds
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
-            notify_systemd.alive()
+            health.progressed()
             self._stop.wait(min(left, _BEAT_SECONDS))
 
 
@@ -155,7 +159,7 @@ class _Session:
         self._queue.discard_parked()
         woken = True
         while not self._stop.is_set():
-            self._tell_systemd()
+            self._tell_progress()
             if woken:
                 self._drain()
             seconds = self._wakeup.prepare_sleep()
@@ -183,7 +187,7 @@ class _Session:
         """Sleep in beats. Returns whether there is reason to look at the queue."""
         deadline = time.monotonic() + min(seconds, self._seconds_to_sweep())
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
-            self._tell_systemd()
+            self._tell_progress()
             to_beat = max(self._next_beat - time.monotonic(), 0.0)
             if self._wakeup.sleep(min(left, to_beat)):
                 return True
@@ -203,12 +207,12 @@ class _Session:
         return beat(self._connections[0], self._worker.number if self._worker else None)
 
     def _after_batch(self) -> None:
-        self._tell_systemd()
+        self._tell_progress()
         self._beat()
 
-    def _tell_systemd(self) -> None:
-        """The loop made progress; and every 15 s, what is left to do."""
-        notify_systemd.alive()
+    def _tell_progress(self) -> None:
+        """The loop got on; and systemd hears every 15 s what is left to do."""
+        health.progressed()
         if notify_systemd.is_there() and time.monotonic() >= self._next_status:
             self._next_status = time.monotonic() + _STATUS_SECONDS
             notify_systemd.status(str(read_backlog(self._work)))

@@ -11,7 +11,6 @@ from listener import queries
 from listener.config import Settings
 from listener.database import Connection, translated
 from listener.errors import ConfigError
-from listener.worker import LOCK_CLASS
 
 _PARKED_SHOWN = 20
 # The service counts so many events one by one, and no more.
@@ -54,7 +53,7 @@ def read_backlog(conn: Connection) -> Backlog:
 def read_workers(conn: Connection) -> list[dict[str, Any]]:
     """The workers that live. One behind a transaction pooler, or that only polls, is not seen."""
     with translated(), conn.cursor(row_factory=dict_row) as cursor:
-        return cursor.execute(queries.WORKERS, {"lock_class": LOCK_CLASS}).fetchall()
+        return cursor.execute(queries.WORKERS).fetchall()
 
 
 def _scope(conn: Connection, settings: Settings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from psycopg import sql
 
 from listener.catalogue import Facts
 from listener.wakeup import GATE_KEY
+from listener.worker import LOCK_CLASS
 
 _RECORD_APPLIED = """
 insert into listener.applied as a (file, digest, columns)
@@ -80,6 +81,7 @@ def placeholders(facts: Facts, columns: Sequence[str]) -> dict[str, str]:
         "vector_schema": vector_schema,
         "vector": f"{vector_schema}.vector",
         "gate_key": str(GATE_KEY),
+        "worker_lock_class": str(LOCK_CLASS),
         "expression": _expression(columns),
         **_order(facts, facts.key.type),
     }

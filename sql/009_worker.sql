@@ -15,6 +15,7 @@ grant usage on schema listener to listener_worker;
 grant select, delete, update (changed_at) on listener.change to listener_worker;
 grant select, insert, update, delete on listener.queue to listener_worker;
 grant select on listener.waiting to listener_worker;
+grant select on listener.status, listener.live_worker to listener_worker;
 grant usage on sequence listener.lease_token to listener_worker;
 
 grant select, insert, delete, update (seen_at) on listener.worker to listener_worker;

@@ -63,6 +63,7 @@ _PARAMETERS = {
     "backfill_events": 1,
     "channel": "listener_help",
     "delay_seconds": 0.0,
+    "duration": "1s",
     "error": "why",
     "event_id": "1",
     "event_ids": [1],

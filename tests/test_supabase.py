@@ -395,7 +395,7 @@ def test_the_one_table_without_a_primary_key_is_so_on_purpose(project: Database)
 
 
 def test_the_view_that_needs_no_other_rights_than_the_callers_has_none(project: Database) -> None:
-    """Two read for the worker what it may not; every other one is security invoker."""
+    """Four read for others what these may not; every other one is security invoker."""
     project.rows(_OURS)
 
     definers = project.rows(
@@ -403,4 +403,4 @@ def test_the_view_that_needs_no_other_rights_than_the_callers_has_none(project: 
         "and not coalesce('security_invoker=true' = any(reloptions), false) order by 1"
     )
 
-    assert definers == [("embedding",), ("event",)]
+    assert definers == [("embedding",), ("event",), ("live_worker",), ("status",)]

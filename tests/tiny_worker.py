@@ -2,7 +2,7 @@
 
 A text with "segfault" in it ends the process as a broken library does, one with "hang" never
 returns, one with "slow" takes two seconds, unless HURRY is set. DIE_AT names the step at which the
-process kills itself.
+process kills itself, HANG_AT the one from which its loop does not return.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from listener import cli, commands_run
+from listener import cli, commands_run, health
 from listener.config import Settings
 from listener.encoding import Encoder
 from listener.logs import log
@@ -51,18 +51,27 @@ class DeadlyEmbedder(TinyEmbedder):
         return super().encode(texts)
 
 
-def _die_at(step: str) -> None:
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang() -> None:
+    while True:
+        time.sleep(1)
+
+
+def _end_at(step: str, end: Callable[[], None]) -> None:
     owner, name, when = STEPS[step]
     original: Callable[..., Any] = getattr(owner, name)
 
-    def dying(*arguments: Any, **named: Any) -> Any:
+    def ending(*arguments: Any, **named: Any) -> Any:
         result = original(*arguments, **named) if when == "after" else None
         # An answer of nothing is not the step.
         if when == "before" or result:
-            os.kill(os.getpid(), signal.SIGKILL)
+            end()
         return result
 
-    setattr(owner, name, dying)
+    setattr(owner, name, ending)
 
 
 def _load_encoder(settings: Settings) -> Encoder:
@@ -72,5 +81,9 @@ def _load_encoder(settings: Settings) -> Encoder:
 if __name__ == "__main__":
     setattr(commands_run, "load_encoder", _load_encoder)  # noqa: B010  mypy: not exported there
     if "DIE_AT" in os.environ:
-        _die_at(os.environ["DIE_AT"])
+        _end_at(os.environ["DIE_AT"], _die)
+    if "HANG_AT" in os.environ:
+        # Longer than the beat of an idle loop.
+        health.STALLED_SECONDS = 4.0
+        _end_at(os.environ["HANG_AT"], _hang)
     cli.main()

@@ -1,0 +1,411 @@
+"""What an operator's monitoring sees of a running service, and what it costs."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from listener.config import Settings
+from listener.embedded import Server
+from listener.endpoint import start_endpoint
+from listener.errors import ConfigError
+from tests.harness import Command, Database, free_port, listener, wait_until
+from tests.proxy import Proxy, proxied
+from tests.test_docs import README, ROOT, table
+
+Spawn = Callable[..., Command]
+MONITORING = ROOT / "systemd" / "monitoring"
+PASSWORD = "hunter2-s3cret"  # noqa: S105  a password to look for
+
+
+@dataclass
+class Endpoint:
+    """The HTTP side of one worker."""
+
+    worker: Command
+    port: int = field(default_factory=free_port)
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body; status 0 while nobody answers."""
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            client.request("GET", path)
+            response = client.getresponse()
+            return response.status, response.read().decode()
+        except ConnectionError:
+            return 0, ""
+        finally:
+            client.close()
+
+    def status(self, path: str) -> int:
+        return self.get(path)[0]
+
+    def values(self) -> dict[str, float]:
+        """Every sample by name, with its lane in brackets where it has one."""
+        found = {}
+        for family in text_string_to_metric_families(self.get("/metrics")[1]):
+            for sample in family.samples:
+                lane = sample.labels.get("lane")
+                found[f"{sample.name}[{lane}]" if lane else sample.name] = sample.value
+        return found
+
+    def value(self, name: str) -> float:
+        return self.values().get(name, float("nan"))
+
+
+@pytest.fixture
+def watch(spawn: Spawn) -> Callable[..., Endpoint]:
+    """Start a worker with the tiny model and an endpoint."""
+
+    def start(database: Database, **variables: str) -> Endpoint:
+        port = free_port()
+        settings = database.settings
+        variables = {
+            "METRICS_PORT": str(port),
+            "RETRY_SECONDS": str(settings.retry_seconds),
+            "POLL_SECONDS": str(settings.poll_seconds),
+            **variables,
+        }
+        endpoint = Endpoint(spawn(settings, "run", module="tests.tiny_worker", **variables), port)
+        endpoint.worker.wait_for("event=metrics_served")
+        return endpoint
+
+    return start
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    """A network between worker and server that can fail."""
+    assert server.port is not None
+    with proxied(server.port) as made:
+        yield made
+
+
+def through(proxy: Proxy, database: Database) -> Database:
+    """The database as a worker behind the proxy sees it."""
+    name = database.conn.info.dbname
+    return database.with_settings(
+        database_url=f"postgresql://postgres@127.0.0.1:{proxy.port}/{name}"
+    )
+
+
+def test_counters_move_with_what_happens(
+    database: Database, watch: Callable[..., Endpoint]
+) -> None:
+    """Inserted, repeated, too long, refused: each shows in its own number."""
+    endpoint = watch(database, MAX_ATTEMPTS="1")
+
+    database.insert("twice", "twice", "word " * 600, "raise")
+    database.wait_for_rest()
+
+    values = wait_until(
+        lambda: (v := endpoint.values())["listener_parked_events"] == 1 and v,
+    )
+    assert values["listener_events_stored_total"] == 3
+    assert values["listener_commit_to_vector_seconds_count"] == 3
+    assert values["listener_texts_encoded_total"] == 3
+    assert values["listener_texts_reused_total"] == 1
+    assert values["listener_texts_truncated_total"] == 1
+    assert values["listener_failed_attempts_total"] == 1
+    assert values["listener_batch_events_sum"] == 4
+    assert values["listener_workers"] == 1
+
+
+def test_a_backfill_is_counted_but_has_no_latency(
+    database: Database, watch: Callable[..., Endpoint]
+) -> None:
+    """Nobody waited for its commit."""
+    database.insert("old", "older")
+    database.forget_queue()
+    endpoint = watch(database)
+
+    wait_until(lambda: len(database.embedded()) == 2)
+
+    wait_until(lambda: endpoint.value("listener_events_stored_total") == 2)
+    assert endpoint.value("listener_commit_to_vector_seconds_count") == 0
+    wait_until(lambda: endpoint.value("listener_coverage_ratio") == 1)
+
+
+def test_a_scrape_is_answered_while_the_model_runs(
+    database: Database, watch: Callable[..., Endpoint]
+) -> None:
+    """The backlog shows by lane, the worker is ready, and its loop makes progress."""
+    database.park(*database.insert("parked"))
+    endpoint = watch(database, BACKFILL_LAST_N="0")
+    database.insert("hang", "waits")
+    wait_until(lambda: database.leased() == 2)
+    database.rows(
+        "insert into listener.queue (event_id, lane, due_at) values (99, 1, now() + '1h')"
+    )
+
+    values = wait_until(
+        lambda: (v := endpoint.values())["listener_pending_events[live]"] == 2 and v
+    )
+
+    assert values["listener_pending_events[backfill]"] == 1
+    assert values["listener_oldest_pending_seconds[live]"] > 0
+    assert values["listener_parked_events"] == 1
+    assert (endpoint.status("/readyz"), endpoint.status("/healthz")) == (200, 200)
+
+
+def test_a_terminated_connection_is_a_reconnect(
+    database: Database, watch: Callable[..., Endpoint]
+) -> None:
+    """One for each time that the session had to be made anew."""
+    endpoint = watch(database)
+    wait_until(lambda: endpoint.status("/readyz") == 200)
+    assert endpoint.value("listener_reconnects_total") == 0
+
+    database.rows(
+        "select pg_terminate_backend(pid) from pg_stat_activity "
+        "where datname = current_database() and application_name = 'listener-work'"
+    )
+
+    wait_until(lambda: endpoint.value("listener_reconnects_total") == 1)
+    wait_until(lambda: endpoint.status("/readyz") == 200)
+
+
+def test_an_event_of_a_dead_worker_is_a_lease_expiry(
+    database: Database, watch: Callable[..., Endpoint]
+) -> None:
+    """Counted by the worker that claims it."""
+    doomed = watch(database)
+    database.insert("slow")
+    doomed.worker.wait_for("event=encoding_slowly")
+    os.kill(doomed.worker.process.pid, signal.SIGKILL)
+
+    heir = watch(database, HURRY="1")
+
+    wait_until(database.embedded)
+    wait_until(lambda: heir.value("listener_lease_expiries_total") == 1)
+
+
+def test_ready_only_while_the_database_is_there(
+    proxy: Proxy, database: Database, watch: Callable[..., Endpoint]
+) -> None:
+    """Not before LISTEN is live, not after it is lost; healthy throughout, and scraped."""
+    proxy.refuses = True
+    endpoint = watch(through(proxy, database))
+    endpoint.worker.wait_for("event=connection_lost")
+
+    assert (endpoint.status("/readyz"), endpoint.status("/healthz")) == (503, 200)
+    values = endpoint.values()
+    assert (values["listener_ready"], values["listener_database_up"]) == (0, 0)
+    assert values["listener_events_stored_total"] == 0
+    assert "listener_parked_events" not in values
+
+    proxy.refuses = False
+    wait_until(lambda: endpoint.status("/readyz") == 200, 30)
+    assert endpoint.value("listener_ready") == 1
+
+    proxy.refuses = True
+    proxy.reset()
+    wait_until(lambda: endpoint.status("/readyz") == 503)
+    assert endpoint.status("/healthz") == 200
+
+    proxy.refuses = False
+    wait_until(lambda: endpoint.status("/readyz") == 200, 30)
+    wait_until(lambda: endpoint.value("listener_database_up") == 1)
+
+
+def test_a_scrape_comes_though_the_database_is_silent(
+    proxy: Proxy, database: Database, watch: Callable[..., Endpoint]
+) -> None:
+    """The counters don't wait for one that neither answers nor refuses."""
+    endpoint = watch(through(proxy, database))
+    wait_until(lambda: endpoint.status("/readyz") == 200)
+
+    proxy.black_hole()
+
+    values = endpoint.values()
+    assert values["listener_database_up"] == 0
+    assert values["listener_reconnects_total"] == 0
+
+
+def test_a_loop_that_hangs_is_not_healthy(
+    database: Database, watch: Callable[..., Endpoint]
+) -> None:
+    """Though its process lives and answers."""
+    endpoint = watch(database, HANG_AT="before the write")
+    wait_until(lambda: endpoint.status("/readyz") == 200)
+    assert endpoint.status("/healthz") == 200
+
+    database.insert("never written")
+
+    wait_until(lambda: endpoint.status("/healthz") == 503)
+    assert endpoint.worker.process.poll() is None
+
+
+def test_without_a_port_nothing_listens(database: Database, spawn: Spawn) -> None:
+    """Off by default."""
+    worker = spawn(database.settings, "run", module="tests.tiny_worker")
+    worker.wait_for("event=listening")
+
+    assert listening_sockets(worker.process.pid) == []
+
+
+def test_without_a_port_nothing_is_imported() -> None:
+    """The lean start stays lean."""
+    code = (
+        "import sys, listener.cli, listener.service; "
+        "print([m for m in sys.modules if 'prometheus' in m or 'wsgiref' in m])"
+    )
+
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert shown.stdout.strip() == "[]"
+
+
+def test_between_scrapes_no_connection_is_held(
+    database: Database, watch: Callable[..., Endpoint]
+) -> None:
+    """It is made for the scrape, and gone after it."""
+    endpoint = watch(database)
+    wait_until(lambda: endpoint.value("listener_coverage_ratio") == 1)
+
+    held = "select count(*) from pg_stat_activity where application_name = 'listener-metrics'"
+    wait_until(lambda: database.value(held) == 0)
+
+
+def test_run_once_opens_no_port(database: Database, static_model: Path) -> None:
+    """A timer's sweep may share the settings of the service that runs beside it."""
+    settings = replace(database.settings, embedding_model=str(static_model))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        finished = listener(settings, "run", "--once", METRICS_PORT=str(taken.getsockname()[1]))
+
+    assert finished.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("127.0.0.1", None), ("192.0.2.1", 20_000), ("no.such.invalid", 20_000)]
+)
+def test_a_port_that_is_not_to_be_had_is_one_clear_line(
+    database: Database, host: str, port: int | None
+) -> None:
+    """Taken, or of another machine, or of none: exit 2, no traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = port or taken.getsockname()[1]
+
+        finished = listener(
+            database.settings, "run", check=False, METRICS_HOST=host, METRICS_PORT=str(port)
+        )
+
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert f"METRICS_HOST={host} METRICS_PORT={port} can't be listened on" in line
+
+
+@pytest.mark.parametrize("port", [99_999])
+def test_a_port_beyond_all_ports_is_refused(port: int) -> None:
+    """As one that is taken."""
+    with pytest.raises(ConfigError, match="can't be listened on"):
+        start_endpoint(Settings(metrics_port=port))
+
+
+def test_without_the_extra_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the way to do without."""
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+
+    with pytest.raises(ConfigError, match=r"iot-event-listener\[metrics\].*METRICS_PORT=0"):
+        start_endpoint(Settings(metrics_port=free_port()))
+
+
+@pytest.mark.parametrize("reaches", [True, False], ids=["server", "no server"])
+def test_no_page_shows_the_password(
+    database: Database, watch: Callable[..., Endpoint], reaches: bool
+) -> None:
+    """Whether the database answers or not."""
+    database.rows(f"create role watched login superuser password '{PASSWORD}'")
+    try:
+        url = database.settings.database_url.replace("postgres@", f"watched:{PASSWORD}@")
+        if not reaches:
+            url = f"postgresql://watched:{PASSWORD}@127.0.0.1:1/x"
+        endpoint = watch(database.with_settings(database_url=url), LOG_LEVEL="debug")
+        wait_until(lambda: endpoint.value("listener_database_up") == reaches)
+
+        pages = "".join(
+            endpoint.get(path)[1] for path in ("/metrics", "/healthz", "/readyz", "/other")
+        )
+    finally:
+        database.rows("drop role watched")
+
+    assert "listener_ready" in pages
+    assert PASSWORD not in pages + endpoint.worker.output()
+
+
+def listening_sockets(pid: int) -> list[str]:
+    """The local addresses that a process accepts connections on, as the kernel writes them."""
+    inodes = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+    ]
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes]
+
+
+# --- what is written about them ------------------------------------------------------------------
+
+
+def metric_of(name: str) -> str:
+    """A histogram's samples belong to one metric."""
+    return re.sub(r"_(bucket|count|sum)$", "", name)
+
+
+def test_the_readme_the_dashboard_and_the_alerts_name_the_metrics_that_are_exposed(
+    database: Database, watch: Callable[..., Endpoint]
+) -> None:
+    """The README each of them, with its type and meaning; the other two no other."""
+    endpoint = watch(database)
+    wait_until(lambda: endpoint.value("listener_coverage_ratio") == 1)
+
+    text = endpoint.get("/metrics")[1]
+
+    exposed = [
+        [f"`{name}`", kind, meaning]
+        for name, meaning, kind in re.findall(
+            r"^# HELP (\S+) (.+)\n# TYPE \S+ (\S+)", text, re.MULTILINE
+        )
+    ]
+    names = {metric_of(name.strip("`")) for name, *_ in exposed}
+    assert table(README, "Metric") == exposed
+    for file in ("dashboard.json", "alerts.yaml"):
+        found = re.findall(r"\blistener_\w+", (MONITORING / file).read_text("utf-8"))
+        assert {metric_of(name) for name in found} <= names, file
+
+
+def test_each_alert_says_what_to_do_and_where_to_read_on() -> None:
+    """And its reason stands above it."""
+    text = (MONITORING / "alerts.yaml").read_text("utf-8")
+    (group,) = yaml.safe_load(text)["groups"]
+    headings = {
+        heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", README, re.M)
+    }
+
+    for rule in group["rules"]:
+        assert rule["annotations"].keys() == {"summary", "action", "runbook"}
+        assert rule["annotations"]["runbook"].removeprefix("README.md#") in headings
+    assert len(re.findall(r"#.*\n +- alert:", text)) == len(group["rules"])
+
+
+def test_the_dashboard_is_json_and_each_panel_asks_something() -> None:
+    """Of the data source that is chosen on import."""
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text("utf-8"))
+
+    for panel in dashboard["panels"]:
+        assert panel["description"]
+        assert all(target["expr"] for target in panel["targets"])
+        assert panel["datasource"]["uid"] == "${datasource}"

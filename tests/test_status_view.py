@@ -1,0 +1,65 @@
+"""The view listener.status: the numbers of the metrics in one row of SQL."""
+
+from __future__ import annotations
+
+from listener import queries
+from tests.harness import Database, serving
+
+
+def test_the_view_tells_what_waits_by_lane_and_what_is_parked(database: Database) -> None:
+    """An event that waits twice counts once; one that is parked and has changed waits."""
+    both, parked, changed, _ = database.insert("both", "parked", "changed", "new")
+    database.park(parked, changed, both)
+    database.rows("update listener.queue set due_at = now(), lane = 1 where event_id = %s", both)
+    database.rows("insert into listener.change (event_id) values (%s), (%s)", both, changed)
+    database.rows("insert into listener.queue (event_id, lane) values (99, 1)")
+
+    (row,) = database.rows(
+        "select pending, pending_live, pending_backfill, parked, workers, last_error, embedded, "
+        "oldest_pending_seconds >= oldest_live_seconds from listener.status"
+    )
+
+    assert row == (4, 3, 1, 1, 0, "why", 0, True)
+    assert database.value("select pending from listener.status") == database.value(queries.PENDING)
+
+
+def test_the_view_tells_what_is_embedded_and_who_lives(database: Database) -> None:
+    """Exact up to the limit of counting; ages are null where nothing waits."""
+    database.insert("a", "b")
+    statement = (
+        "select embedded, embedded_is_estimate, workers, oldest_live_seconds from listener.status"
+    )
+
+    with serving(database):
+        database.wait_for_rest()
+        alive = database.rows(statement)
+
+    assert alive == [(2, False, 1, None)]
+    assert database.rows(statement) == [(2, False, 0, None)]
+
+
+def test_the_view_reads_neither_table_of_events_as_a_whole(database: Database) -> None:
+    """Embeddings up to a limit, events not at all; for the metrics neither."""
+    status, gauges = (
+        "\n".join(line for (line,) in database.rows(f"explain (analyze, costs off) {statement}"))
+        for statement in (queries.STATUS, queries.GAUGES)
+    )
+
+    assert "iot_events" not in status + gauges
+    assert "Limit" in status.split("event_embeddings")[0].splitlines()[-2]
+    assert "never executed" in gauges.split("event_embeddings")[1].splitlines()[0]
+
+
+def test_who_watches_needs_no_right_but_the_view(database: Database) -> None:
+    """Usage on the schema and select on listener.status."""
+    database.rows("create role watcher")
+    try:
+        database.rows("grant usage on schema listener to watcher")
+        database.rows("grant select on listener.status to watcher")
+        database.rows("set role watcher")
+
+        assert database.value("select pending from listener.status") == 0
+    finally:
+        database.rows("reset role")
+        database.rows("drop owned by watcher")
+        database.rows("drop role watcher")
