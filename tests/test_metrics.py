@@ -40,7 +40,8 @@ class Endpoint:
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body; status 0 while nobody answers."""
-        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        # Prometheus gives up after 10 s.
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=8)
         try:
             client.request("GET", path)
             response = client.getresponse()
