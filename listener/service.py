@@ -159,7 +159,7 @@ class _Session:
         self._queue.discard_parked()
         woken = True
         while not self._stop.is_set():
-            self._tell_progress()
+            self._after_step()
             if woken:
                 self._drain()
             seconds = self._wakeup.prepare_sleep()
@@ -175,7 +175,7 @@ class _Session:
             pass
 
     def _drain(self) -> int:
-        return self._pipeline.drain(self._wake_up, self._after_batch)
+        return self._pipeline.drain(self._wake_up, self._after_step)
 
     def _wake_up(self, is_full: bool) -> None:
         """There is something to do: let writers pass without NOTIFY, and call for help if much."""
@@ -206,7 +206,7 @@ class _Session:
         self._connections.rotate()
         return beat(self._connections[0], self._worker.number if self._worker else None)
 
-    def _after_batch(self) -> None:
+    def _after_step(self) -> None:
         self._tell_progress()
         self._beat()
 
