@@ -22,7 +22,7 @@ from listener.status import read_status, status_lines
 
 @click.command("check", cls=Command, settings=SERVICE)
 def check_command() -> None:
-    """One line per precondition, ok or FAIL with the remedy; exit 0 only if all are ok."""
+    """One line per precondition: ok, or warn or FAIL with the remedy; exit 0 if none is FAIL."""
     from listener.checks import run_checks
 
     settings = load_settings()
@@ -30,7 +30,7 @@ def check_command() -> None:
     codes = []
     for finding in run_checks(settings):
         detail = redact(finding.detail, settings.secrets())
-        click.echo(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<11} {detail}")
+        click.echo(f"{finding.state:<4}  {finding.name:<11} {detail}")
         if not finding.ok:
             codes.append(finding.exit_code)
     if codes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from contextlib import closing
@@ -59,6 +60,7 @@ def _serve(settings: Settings, stop: Stop, *, once: bool) -> None:
         except EncodeHung as error:
             say(f"listener: {error}")
             # Any other way out would wait for the thread that doesn't return.
+            logging.shutdown()
             os._exit(error.exit_code)
 
 

@@ -474,3 +474,54 @@ NEAREST = "select * from listener.nearest(%(embedding)s, %(model)s, %(limit)s)"
 
 PENDING = "select count(*) from listener.waiting"
 PARKED_COUNT = "select count(*) from listener.queue q where q.due_at = 'infinity'"
+
+# --- checks ------------------------------------------------------------------------------------
+
+CLOCK = "select extract(epoch from clock_timestamp())::float8"
+
+# The commands for which row-level security may hide events from this role, and the policies that
+# let it see some. Locking a row, as WRITE does, asks for those of update, too.
+HIDDEN_EVENTS = """
+select
+  c.command,
+  coalesce(array_agg(p.policyname::text order by p.policyname)
+    filter (where p.permissive = 'PERMISSIVE'), '{}') as policies
+from (values ('SELECT'), ('UPDATE')) as c (command)
+left join pg_catalog.pg_policies p
+  on p.schemaname = 'public'
+  and p.tablename = 'iot_events'
+  and p.cmd in ('ALL', c.command)
+  and exists (
+    select from unnest(p.roles) r
+    where r = 'public' or pg_has_role(r, 'usage')
+  )
+where pg_catalog.row_security_active('public.iot_events')
+group by c.command
+having not coalesce(
+  bool_or(p.permissive = 'PERMISSIVE' and p.qual = 'true')
+    and bool_and(p.permissive = 'PERMISSIVE' or p.qual = 'true'),
+  false
+)
+order by c.command
+"""
+
+# Which of the vector indexes the operator of listener.nearest can use.
+VECTOR_INDEXES = """
+select
+  ic.relname as name,
+  c.opcname as opclass,
+  i.indisvalid as is_valid,
+  a.attname = 'embedding' and exists (
+    select from pg_catalog.pg_amop o
+    join pg_catalog.pg_operator p on p.oid = o.amopopr
+    where o.amopfamily = c.opcfamily and p.oprname = '<=>'
+  ) as serves_search
+from pg_catalog.pg_index i
+join pg_catalog.pg_class ic on ic.oid = i.indexrelid
+join pg_catalog.pg_am am on am.oid = ic.relam
+join pg_catalog.pg_opclass c on c.oid = i.indclass[0]
+left join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
+where i.indrelid = 'public.event_embeddings'::regclass
+  and am.amname in ('hnsw', 'ivfflat')
+order by ic.relname
+"""

@@ -17,12 +17,6 @@ PASSWORD = "hunter2-s3cret"  # noqa: S105  a password to look for
 TINY = TinyEmbedder.fingerprint
 
 
-@pytest.fixture
-def static(database: Database, static_model: Path) -> Database:
-    """The database with a model that real processes can load."""
-    return database.with_settings(embedding_model=str(static_model))
-
-
 def test_status_counts_and_says_what_the_scope_is(static: Database) -> None:
     """For a reader and as JSON."""
     static.insert("a", "b", "c")
@@ -155,51 +149,6 @@ def test_retry_takes_ids_or_all_and_names_what_is_not_parked(database: Database)
     assert (one.returncode, rest.returncode) == (2, 0)
     assert "not parked: 77" in one.stderr
     assert not any(row[5] for row in database.queue())
-
-
-def test_check_passes_where_the_service_would_work(static: Database) -> None:
-    """One line per precondition."""
-    finished = listener(static.settings, "check")
-
-    lines = finished.stdout.splitlines()
-    names = [line.split()[1] for line in lines]
-    assert all(line.startswith("ok") for line in lines)
-    assert names == [
-        "settings",
-        "model",
-        "connection",
-        "notify",
-        "extension",
-        "iot_events",
-        "schema",
-        "rights",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("damage", "name", "remedy", "code"),
-    [
-        ("drop schema listener cascade", "schema", "listener install", 3),
-        (
-            "alter table public.iot_events disable trigger listener_inserted",
-            "schema",
-            "listener install",
-            3,
-        ),
-        ("drop table public.iot_events cascade", "iot_events", "create it first", 3),
-    ],
-)
-def test_check_fails_with_the_remedy(
-    static: Database, damage: str, name: str, remedy: str, code: int
-) -> None:
-    """And with the exit code that the service would end with."""
-    static.rows(damage)
-
-    finished = listener(static.settings, "check", check=False)
-
-    assert finished.returncode == code
-    (line,) = [text for text in finished.stdout.splitlines() if text.startswith(f"FAIL  {name}")]
-    assert remedy in line
 
 
 def test_a_server_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:

@@ -31,14 +31,14 @@ SETTINGS = {spec.name.upper(): spec for spec in fields(Settings)}
 
 # A module imports from lower lines only, never from its own.
 LAYERS = (
-    {"__init__", "errors", "queries", "notify_systemd"},
+    {"__init__", "errors", "finding", "queries", "notify_systemd"},
     {"config", "embedded", "passes"},
     {"logs", "model"},
     {"database"},
     {"catalogue", "patience", "queue", "wakeup", "worker"},
     {"backfill", "report", "search", "status", "template"},
     {"engine_openvino", "engine_static", "engine_torch", "install"},
-    {"convert", "embedder"},
+    {"checks_link", "checks_reading", "convert", "embedder"},
     {"encoding"},
     {"checks", "console", "pipeline"},
     {"service"},
