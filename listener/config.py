@@ -86,9 +86,7 @@ class Settings:
         "gated: writers NOTIFY only while the service sleeps; always; never: poll only.",
         choices=("gated", "always", "never"),
     )
-    reports_dir: Path = _setting(
-        Path("_reports"), "Where commands that change the database leave their reports."
-    )
+    reports_dir: Path = _setting(Path("_reports"), "Where commands leave their reports.")
     demo_dir: Path = _setting(
         Path("/var/lib/iot-event-listener")
         if os.geteuid() == 0

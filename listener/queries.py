@@ -525,3 +525,36 @@ where i.indrelid = 'public.event_embeddings'::regclass
   and am.amname in ('hnsw', 'ivfflat')
 order by ic.relname
 """
+
+# --- report ------------------------------------------------------------------------------------
+
+# Of the newest events by page, because there is no index on embedded_at. LATENCY is for an
+# iot_events with created_at.
+LATENCY = """
+with recent as materialized (
+  select extract(epoch from m.embedded_at - e.created_at)::float8 as seconds
+  from listener.page(null, %(last)s, null) p
+  join public.event_embeddings m on m.event_id = p.event_id
+  join public.iot_events e on e.id = p.event_id
+  where isfinite(e.created_at)
+)
+select
+  percentile_cont(array[0.5, 0.95, 0.99]) within group (order by r.seconds) as percentiles,
+  (select jsonb_object_agg(b.bar, b.events)
+   from (
+     select width_bucket(l.seconds, %(bounds)s::float8[]) as bar, count(*) as events
+     from recent l
+     group by 1
+   ) b) as bars
+from recent r
+"""
+
+THROUGHPUT = """
+select
+  extract(epoch from date_trunc('second', m.embedded_at))::bigint as second,
+  count(*) as events
+from listener.page(null, %(last)s, null) p
+join public.event_embeddings m on m.event_id = p.event_id
+group by 1
+order by 1
+"""
