@@ -53,6 +53,8 @@ def follow(
     """Report what is left and the rate in events a second until nothing is, or `is_over`."""
     first, began = queue.pending(), time.monotonic()
     left = first
+    if left:
+        progress(left, 0.0)
     while left and not is_over():
         time.sleep(seconds)
         left = queue.pending()

@@ -29,6 +29,7 @@ for command in (
     commands_run.model_group,
     commands_read.check_command,
     commands_read.status_command,
+    commands_read.report_command,
     commands_read.show_command,
     commands_read.search_command,
 ):

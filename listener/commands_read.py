@@ -1,4 +1,4 @@
-"""`listener check`, `status`, `show` and `search`: what only reads."""
+"""`listener check`, `status`, `report`, `show` and `search`: what only reads."""
 
 from __future__ import annotations
 
@@ -7,22 +7,33 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from datetime import datetime
 
 import click
 import psycopg
 
 from listener.config import load_settings
-from listener.console import DATABASE, ENCODING, ENGINE, MODEL, SERVICE, Command, load_encoder
+from listener.console import (
+    DATABASE,
+    ENCODING,
+    ENGINE,
+    MODEL,
+    SERVICE,
+    Command,
+    load_encoder,
+    say,
+)
 from listener.database import connect
 from listener.errors import ConfigError, ListenerError
 from listener.logs import configure_logs, redact
+from listener.report import report_path, require_reports_dir
 from listener.search import EventState, Hit, describe, nearest
 from listener.status import read_status, status_lines
 
 
 @click.command("check", cls=Command, settings=SERVICE)
 def check_command() -> None:
-    """One line per precondition, ok or FAIL with the remedy; exit 0 only if all are ok."""
+    """One line per precondition: ok, or warn or FAIL with the remedy; exit 0 if none is FAIL."""
     from listener.checks import run_checks
 
     settings = load_settings()
@@ -30,7 +41,7 @@ def check_command() -> None:
     codes = []
     for finding in run_checks(settings):
         detail = redact(finding.detail, settings.secrets())
-        click.echo(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<11} {detail}")
+        click.echo(f"{finding.state:<4}  {finding.name:<11} {detail}")
         if not finding.ok:
             codes.append(finding.exit_code)
     if codes:
@@ -39,15 +50,50 @@ def check_command() -> None:
 
 @click.command("status", cls=Command, settings=(*DATABASE, *MODEL, "precision", "backfill_last_n"))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def status_command(as_json: bool) -> None:
+@click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
+def status_command(as_json: bool, watch: bool) -> None:
     """Embedded, pending, parked, coverage of the last N, workers, last error."""
     settings = load_settings()
     with connect(settings, "listener-status") as conn:
-        status = read_status(conn, settings)
-    if as_json:
-        click.echo(json.dumps(status, default=str))
-    else:
-        click.echo("\n".join(status_lines(status)))
+
+        def read() -> str:
+            status = read_status(conn, settings)
+            return json.dumps(status, default=str) if as_json else "\n".join(status_lines(status))
+
+        if not watch:
+            click.echo(read())
+            return
+        # Imports rich, which only what moves needs.
+        from listener.live import show_live
+
+        show_live(read)
+
+
+@click.command(
+    "report",
+    cls=Command,
+    settings=(*DATABASE, *MODEL, "precision", "backfill_last_n", "reports_dir"),
+)
+@click.option(
+    "--last",
+    type=click.IntRange(1, 1_000_000),
+    default=10_000,
+    show_default=True,
+    help="Plot the newest N events.",
+)
+def report_command(last: int) -> None:
+    """Status, latency, throughput and settings as one HTML page in REPORTS_DIR."""
+    # Imports Jinja.
+    from listener.html_report import render_report
+
+    settings = load_settings()
+    require_reports_dir(settings)
+    with connect(settings, "listener-report") as conn:
+        say(f"reading the newest {last} events")
+        page = render_report(conn, settings, last)
+    path = report_path(settings, datetime.now().astimezone(), "report", "html")
+    path.write_text(page, "utf-8")
+    click.echo(path)
 
 
 @click.command("show", cls=Command, settings=(*DATABASE, *ENGINE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from contextlib import closing
@@ -67,6 +68,7 @@ def _serve(settings: Settings, stop: Stop, *, once: bool) -> None:
         except EncodeHung as error:
             say(f"listener: {error}")
             # Any other way out would wait for the thread that doesn't return.
+            logging.shutdown()
             os._exit(error.exit_code)
 
 
@@ -129,6 +131,9 @@ def _tell_queued(scanned: int, queued: int) -> None:
 
 def _drain(conn: Connection, queue: Queue, settings: Settings, *, work: bool) -> bool:
     """Follow the drain, by the service or by ourselves. Returns whether a signal ended it."""
+    # Imports rich.
+    from listener.live import progress
+
     stop = stop_on_signals()
     failures: list[ListenerError] = []
     worker = threading.Thread(target=_work, args=(settings, stop, failures), name="worker")
@@ -140,12 +145,13 @@ def _drain(conn: Connection, queue: Queue, settings: Settings, *, work: bool) ->
             "--work to embed here"
         )
         return False
-    follow(
-        queue,
-        _tell_progress,
-        lambda: stop.is_set() or (work and not worker.is_alive()),
-        seconds=1.0,
-    )
+    with progress() as tell:
+        follow(
+            queue,
+            tell,
+            lambda: stop.is_set() or (work and not worker.is_alive()),
+            seconds=1.0,
+        )
     if work:
         worker.join()
     if failures:
@@ -158,11 +164,6 @@ def _work(settings: Settings, stop: Stop, failures: list[ListenerError]) -> None
         _serve(replace(settings, backfill_last_n=0), stop, once=True)
     except ListenerError as error:
         failures.append(error)
-
-
-def _tell_progress(left: int, rate: float) -> None:
-    time_left = f"{left / rate:.0f} s left" if rate else "waiting"
-    say(f"{left} pending, {rate:.0f} events/s, {time_left}")
 
 
 @click.command("retry", cls=Command, settings=(*DATABASE, "reports_dir"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
+from urllib.parse import quote
 
 from dotenv import load_dotenv
 from psycopg import ProgrammingError
@@ -17,6 +19,8 @@ from listener.errors import ConfigError
 
 # The numbers in a vector of event_embeddings.
 DIMENSION = 384
+# As they stand in a connection string.
+_PASSWORDS = re.compile(r"//[^/?@]*?:([^/?@]+)@|password=([^&\s]+)")
 GTE_SMALL = "thenlper/gte-small"
 GTE_SMALL_REVISION = "17e1f347d17fe144873b1201da91788898c639cd"
 
@@ -86,9 +90,7 @@ class Settings:
         0, "Port of /metrics, /healthz and /readyz; 0 for none. Needs the extra `metrics`."
     )
     metrics_host: str = _setting("127.0.0.1", "Address that this port is opened on.")
-    reports_dir: Path = _setting(
-        Path("_reports"), "Where commands that change the database leave their reports."
-    )
+    reports_dir: Path = _setting(Path("_reports"), "Where commands leave their reports.")
     demo_dir: Path = _setting(
         Path("/var/lib/iot-event-listener")
         if os.geteuid() == 0
@@ -136,13 +138,13 @@ class Settings:
         return parameters
 
     def secrets(self) -> set[str]:
-        """Every form of the password that a message could carry."""
-        found = {
-            self.database_url,
-            str(self.connection_parameters().get("password", "")),
-            os.environ.get("PGPASSWORD", ""),
-        }
-        return {secret for secret in found if secret}
+        """Every form of a password that a message could carry: bare, as in a URL, as in a repr."""
+        parameters = self.connection_parameters()
+        found = {str(parameters.get(name, "")) for name in ("password", "sslpassword")}
+        found.add(os.environ.get("PGPASSWORD", ""))
+        forms = {form for bare in found for form in (bare, quote(bare, safe=""), repr(bare)[1:-1])}
+        forms |= {form for pair in _PASSWORDS.findall(self.database_url) for form in pair}
+        return {form for form in (self.database_url, *forms) if form}
 
 
 def load_settings() -> Settings:

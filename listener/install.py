@@ -80,12 +80,13 @@ class Plan:
 
 def require_installable(facts: Facts) -> None:
     """Raise SchemaError at the first thing that makes an install impossible."""
-    for problem in (_server_problem(facts), _events_problem(facts), _rights_problem(facts)):
+    for problem in (server_problem(facts), events_problem(facts), rights_problem(facts)):
         if problem:
             raise SchemaError(problem)
 
 
-def _server_problem(facts: Facts) -> str | None:
+def server_problem(facts: Facts) -> str | None:
+    """What makes this server unfit, if anything."""
     if facts.server_version < OLDEST_SERVER:
         version = facts.server_version // 10000
         return f"the server is PostgreSQL {version}; 15 is the oldest that works"
@@ -98,7 +99,8 @@ def _server_problem(facts: Facts) -> str | None:
     return None
 
 
-def _events_problem(facts: Facts) -> str | None:
+def events_problem(facts: Facts) -> str | None:
+    """What makes iot_events, or a table of our name, unfit, if anything."""
     if facts.events_kind is None:
         return f"database {facts.database} has no table public.iot_events; create it first"
     if facts.events_kind not in ("r", "p"):
@@ -116,7 +118,8 @@ def _events_problem(facts: Facts) -> str | None:
     return None
 
 
-def _rights_problem(facts: Facts) -> str | None:
+def rights_problem(facts: Facts) -> str | None:
+    """Which right an install lacks, if any."""
     if not facts.owns_events:
         return f"role {facts.role} doesn't own public.iot_events; install as its owner"
     if facts.hides_events:

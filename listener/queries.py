@@ -490,3 +490,57 @@ select
 from pending p
 """
 PARKED_COUNT = "select count(*) from listener.queue q where q.due_at = 'infinity'"
+
+# --- checks ------------------------------------------------------------------------------------
+
+CLOCK = "select extract(epoch from clock_timestamp())::float8"
+
+# Which of the vector indexes the operator of listener.nearest can use.
+VECTOR_INDEXES = """
+select
+  ic.relname as name,
+  c.opcname as opclass,
+  i.indisvalid as is_valid,
+  a.attname = 'embedding' and exists (
+    select from pg_catalog.pg_amop o
+    join pg_catalog.pg_operator p on p.oid = o.amopopr
+    where o.amopfamily = c.opcfamily and p.oprname = '<=>'
+  ) as serves_search
+from pg_catalog.pg_index i
+join pg_catalog.pg_class ic on ic.oid = i.indexrelid
+join pg_catalog.pg_am am on am.oid = ic.relam
+join pg_catalog.pg_opclass c on c.oid = i.indclass[0]
+left join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
+where i.indrelid = 'public.event_embeddings'::regclass
+  and am.amname in ('hnsw', 'ivfflat')
+order by ic.relname
+"""
+
+# --- report ------------------------------------------------------------------------------------
+
+# Of the newest events by page, because there is no index on embedded_at. LATENCY is for an
+# iot_events with created_at.
+LATENCY = """
+with recent as materialized (
+  select l.seconds from listener.latency(%(last)s) as l (seconds)
+)
+select
+  percentile_cont(array[0.5, 0.95, 0.99]) within group (order by r.seconds) as percentiles,
+  (select jsonb_object_agg(b.bar, b.events)
+   from (
+     select width_bucket(l.seconds, %(bounds)s::float8[]) as bar, count(*) as events
+     from recent l
+     group by 1
+   ) b) as bars
+from recent r
+"""
+
+THROUGHPUT = """
+select
+  extract(epoch from date_trunc('second', m.embedded_at))::bigint as second,
+  count(*) as events
+from listener.page(null, %(last)s, null) p
+join listener.embedding m on m.event_id = p.event_id
+group by 1
+order by 1
+"""

@@ -1,4 +1,4 @@
-"""Reports of commands that change the database: before, steps, after and the undo."""
+"""What commands leave in REPORTS_DIR: before, steps, after and the undo of each change."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ def require_reports_dir(settings: Settings) -> None:
         ) from error
 
 
+def report_path(settings: Settings, now: datetime, command: str, suffix: str) -> Path:
+    """Where a report of this command goes."""
+    return settings.reports_dir / f"{now:%Y-%m-%dT%H-%M-%S-%f}_{command}.{suffix}"
+
+
 def write_report(settings: Settings, report: Report) -> Path:
     """Write the report as Markdown, without secrets. Returns its path."""
     now = datetime.now().astimezone()
@@ -47,7 +52,7 @@ def write_report(settings: Settings, report: Report) -> Path:
         parts.append(f"## {title}")
         parts.append("\n".join(f"- {line}" for line in lines) or "- nothing")
     parts.append(f"## Undo\n\n{report.undo}")
-    path = settings.reports_dir / f"{now:%Y-%m-%dT%H-%M-%S-%f}_{report.command}.md"
+    path = report_path(settings, now, report.command, "md")
     path.write_text(redact("\n\n".join(parts) + "\n", settings.secrets()), "utf-8")
     return path
 

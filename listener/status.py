@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from psycopg.rows import dict_row
@@ -58,18 +59,25 @@ def read_workers(conn: Connection) -> list[dict[str, Any]]:
 
 def _scope(conn: Connection, settings: Settings) -> dict[str, Any]:
     """Coverage of the last N; None where the model that it asks about isn't here."""
-    # Imports the hub's client, after HF_HUB_OFFLINE is set and only here.
-    from listener.model import locate
-
-    last = settings.backfill_last_n
-    try:
-        model = locate(settings).fingerprint
-    except ConfigError:
+    last, model = settings.backfill_last_n, _fingerprint(settings)
+    if model is None:
         return {"last_n": last, "model": None, "events": None, "current": None}
     with translated():
         row = conn.execute(queries.COVERAGE, {"model": model, "last": last}).fetchone()
     events, current = row if row else (0, 0)
     return {"last_n": last, "model": model, "events": events, "current": current}
+
+
+# Of a directory it is a digest of all files, too much for each look of `status --watch`.
+@lru_cache(maxsize=1)
+def _fingerprint(settings: Settings) -> str | None:
+    # Imports the hub's client, after HF_HUB_OFFLINE is set and only here.
+    from listener.model import locate
+
+    try:
+        return locate(settings).fingerprint
+    except ConfigError:
+        return None
 
 
 def status_lines(status: dict[str, Any]) -> list[str]:

@@ -205,7 +205,28 @@ as $$
   order by h.distance
 $$;
 
+-- Seconds from created_at to the vector, of the newest p_last events. For an iot_events that has the
+-- column; in plpgsql, so that it may be altered or dropped. Security definer, because listener.event
+-- doesn't show it.
+create or replace function listener.latency(p_last integer)
+returns setof double precision
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+begin
+  return query
+  select extract(epoch from m.embedded_at - e.created_at)::double precision
+  from listener.page(null, p_last, null) p
+  join public.event_embeddings m on m.event_id = p.event_id
+  join public.iot_events e on e.id = p.event_id
+  where pg_catalog.isfinite(e.created_at);
+end
+$$;
+
 revoke all on function listener.embedding_input(public.iot_events) from public;
+revoke all on function listener.latency(integer) from public;
 revoke all on function listener.content_hash(public.iot_events) from public;
 revoke all on function listener.page(text, integer, timestamptz) from public;
 revoke all on function listener.sweep(text, text, integer, timestamptz) from public;

@@ -32,4 +32,5 @@ grant execute on function listener.page(text, integer, timestamptz) to listener_
 grant execute on function listener.sweep(text, text, integer, timestamptz) to listener_worker;
 grant execute on function listener.coverage(text, integer) to listener_worker;
 grant execute on function listener.describe(text) to listener_worker;
+grant execute on function listener.latency(integer) to listener_worker;
 grant execute on function listener.nearest(@vector@, text, integer) to listener_worker;

@@ -188,6 +188,12 @@ def static_model(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path
     return folder
 
 
+@pytest.fixture
+def static(database: Database, static_model: Path) -> Database:
+    """The database with a model that real processes can load."""
+    return database.with_settings(embedding_model=str(static_model))
+
+
 @pytest.fixture(scope="session")
 def gte_small_cache(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
     """A hub cache with a model of gte-small's shape: 12 layers, fp16 files, random weights."""

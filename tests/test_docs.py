@@ -31,18 +31,18 @@ SETTINGS = {spec.name.upper(): spec for spec in fields(Settings)}
 
 # A module imports from lower lines only, never from its own.
 LAYERS = (
-    {"__init__", "counters", "errors", "queries"},
+    {"__init__", "counters", "errors", "finding", "queries"},
     {"config", "embedded", "passes"},
     {"logs", "model"},
     {"notify_systemd"},
     {"database", "health"},
     {"catalogue", "patience", "queue", "wakeup", "worker"},
     {"backfill", "report", "search", "status", "template"},
-    {"engine_openvino", "engine_static", "engine_torch", "install"},
-    {"convert", "embedder"},
+    {"engine_openvino", "engine_static", "engine_torch", "html_report", "install"},
+    {"checks_link", "checks_reading", "convert", "embedder"},
     {"encoding"},
     {"checks", "console", "metrics", "pipeline"},
-    {"endpoint", "service"},
+    {"endpoint", "live", "service"},
     {"demo"},
     {"commands_install", "commands_read", "commands_run"},
     {"cli"},

@@ -1,0 +1,133 @@
+"""What `listener check` looks at on the way to the server, and on the server itself."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import time
+
+from listener import queries
+from listener.catalogue import Facts
+from listener.config import Settings
+from listener.database import Connection, translated
+from listener.errors import ListenerError
+from listener.finding import Finding
+from listener.install import server_problem
+from listener.wakeup import Stop, Wakeup
+
+# Less is a matter of the network that asks.
+_CLOCKS_APART_SECONDS = 5.0
+
+
+def no_connection(settings: Settings, error: ListenerError) -> Finding:
+    """Why there is none, where the reason is one that the driver doesn't know."""
+    host = str(settings.connection_parameters().get("host") or os.environ.get("PGHOST", ""))
+    detail = str(error)
+    if _is_beyond_reach(host):
+        detail = (
+            f"{host} has IPv6 addresses only, and this machine has no route for IPv6; take the "
+            "session pooler (port 5432 on Supabase), which has IPv4, or give the machine IPv6"
+        )
+    return Finding("connection", False, detail, error.exit_code)
+
+
+def _is_beyond_reach(host: str) -> bool:
+    """Whether all addresses of the host are IPv6 and none has a route from here."""
+    if not host or host.startswith(("/", "@")):
+        return False
+    try:
+        found = socket.getaddrinfo(host, 5432, type=socket.SOCK_DGRAM)
+    except OSError:
+        return False
+    return all(
+        family == socket.AF_INET6 and not _has_route(address) for family, *_, address in found
+    )
+
+
+def _has_route(address: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]) -> bool:
+    # Nothing is sent: connecting a datagram socket only looks for the route.
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(address)
+        except OSError:
+            return False
+    return True
+
+
+def check_tls(conn: Connection) -> Finding:
+    """An unencrypted way over a network works, so it is a warning."""
+    mode = _parameter(conn, "sslmode")
+    remedy = "set sslmode=require, or verify-full with sslrootcert, which proves who answers, too"
+    if not is_over_a_network(conn.info.hostaddr):
+        return Finding("tls", True, "not needed: the server is on this machine")
+    if not conn.pgconn.ssl_in_use:
+        who = f"who is on the way to {conn.info.host} can read password and event texts"
+        return Finding("tls", True, f"not encrypted: {who}; {remedy}", warns=True)
+    if mode in ("allow", "prefer"):
+        return Finding(
+            "tls", True, f"encrypted, but sslmode={mode} would go on without; {remedy}", warns=True
+        )
+    return Finding("tls", True, f"encrypted, sslmode={mode}")
+
+
+def is_over_a_network(address: str) -> bool:
+    """Whether the address, as libpq gives it, is another machine's; a Unix socket has none."""
+    return bool(address) and not ipaddress.ip_address(address).is_loopback
+
+
+def _parameter(conn: Connection, name: str) -> str:
+    """A connection parameter as it came to be: DATABASE_URL, PG* variable or libpq's default."""
+    found = next(one for one in conn.pgconn.info if one.keyword == name.encode())
+    return (found.val or b"").decode()
+
+
+def check_server(facts: Facts) -> Finding:
+    """Version, encoding, and that it can be written to."""
+    problem = server_problem(facts)
+    if problem:
+        # Of a read-only server the service thinks that it may change.
+        return Finding("server", False, problem, 2 if facts.read_only else 3)
+    return Finding("server", True, f"PostgreSQL {facts.server_version // 10000}, a primary")
+
+
+def check_notify(settings: Settings, wake: Connection, work: Connection) -> Finding:
+    """By the NOTIFY that comes back or doesn't; a port or a host name proves nothing."""
+    if settings.notify == "never":
+        return Finding(
+            "notify", True, f"off by NOTIFY=never; polls every {settings.poll_seconds} s"
+        )
+    wakeup = Wakeup(wake, Stop(), settings.notify, settings.poll_seconds)
+    try:
+        if wakeup.listen(work):
+            return Finding("notify", True, "a NOTIFY comes back")
+    except ListenerError as error:
+        return Finding("notify", False, str(error), error.exit_code)
+    finally:
+        wakeup.close()
+    return Finding(
+        "notify",
+        False,
+        "a NOTIFY doesn't come back: a transaction pooler; connect directly or to a session "
+        "pooler (port 5432 on Supabase), or set NOTIFY=never to poll",
+        2,
+    )
+
+
+def check_clock(conn: Connection) -> Finding:
+    """This machine's clock stamps the logs, the database's everything else."""
+    before = time.time()
+    with translated():
+        row = conn.execute(queries.CLOCK).fetchone()
+    after = time.time()
+    assert row is not None  # noqa: S101  the statement has one row
+    apart = (before + after) / 2 - row[0]
+    if abs(apart) < _CLOCKS_APART_SECONDS + (after - before) / 2:
+        return Finding("clock", True, "as the database's")
+    return Finding(
+        "clock",
+        True,
+        f"this machine is {abs(apart):.0f} s {'ahead of' if apart > 0 else 'behind'} the "
+        "database, so the times in its logs are; have both set by NTP",
+        warns=True,
+    )

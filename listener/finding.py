@@ -1,0 +1,26 @@
+"""One line of `listener check`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One precondition. `exit_code` is that of the error that the service would end with.
+
+    With `warns` the service works, but a human should look.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+    exit_code: int = 0
+    warns: bool = False
+
+    @property
+    def state(self) -> str:
+        """ok, warn or FAIL."""
+        if not self.ok:
+            return "FAIL"
+        return "warn" if self.warns else "ok"
