@@ -14,7 +14,8 @@ from listener.database import Connection, translated
 from listener.errors import ListenerError
 from listener.finding import Finding
 from listener.install import server_problem
-from listener.wakeup import Stop, Wakeup
+from listener.stop import Stop
+from listener.wakeup import Wakeup
 
 # Less is a matter of the network that asks.
 _CLOCKS_APART_SECONDS = 5.0

@@ -30,7 +30,7 @@ from listener.model import fetch, locate
 from listener.queue import Queue
 from listener.report import Report, require_reports_dir, write_report
 from listener.status import read_workers
-from listener.wakeup import Stop
+from listener.stop import Stop
 
 # On a machine that it shares with the database, writers come first: where they leave no processor
 # time, events wait in the queue.

@@ -16,7 +16,7 @@ from listener import notify_systemd
 from listener.config import Settings, load_settings
 from listener.errors import ConfigError
 from listener.logs import redact
-from listener.wakeup import Stop
+from listener.stop import Stop
 
 if TYPE_CHECKING:
     from listener.encoding import Encoder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import struct
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,15 +24,14 @@ from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception_type,
-    stop_when_event_set,
     wait_random_exponential,
 )
-from tenacity.nap import sleep_using_event
 
 from listener import queries
 from listener.config import Settings
 from listener.errors import ConnectionLost, SchemaError
 from listener.logs import log, redact
+from listener.stop import Stop
 
 # The server gives a statement of the service up after 8 s and says so; silence for longer is a
 # dead link, which keepalives alone don't find where a proxy or a stopped server answers them.
@@ -175,7 +173,7 @@ def _describe(error: psycopg.Error) -> str:
     return f"{type(error).__name__}: {message}"
 
 
-def reconnecting(stopped: threading.Event) -> Retrying:
+def reconnecting(stop: Stop) -> Retrying:
     """Retry for connection-class errors only, with random exponential waits of at most 10 s.
 
     A fresh one for each outage, so that the waits start small again after a healthy spell.
@@ -183,8 +181,8 @@ def reconnecting(stopped: threading.Event) -> Retrying:
     return Retrying(
         retry=retry_if_exception_type(ConnectionLost),
         wait=wait_random_exponential(multiplier=0.2, max=10),
-        stop=stop_when_event_set(stopped),
-        sleep=sleep_using_event(stopped),
+        stop=lambda _: stop.is_set(),
+        sleep=stop.wait,
         before_sleep=_announce,
         reraise=True,
     )

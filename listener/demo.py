@@ -20,8 +20,8 @@ from listener.encoding import Encoder
 from listener.errors import ConfigError, ListenerError
 from listener.search import nearest
 from listener.service import Service
+from listener.stop import Stop
 from listener.template import sql_text
-from listener.wakeup import Stop
 
 _INSERT = """
 insert into public.iot_events (device_id, event_type, severity, message)

@@ -16,7 +16,7 @@ from listener.errors import EmbeddingError, EncodeHung, ModelFault
 from listener.health import health
 from listener.logs import log
 from listener.queue import Claim, Event, EventId, Queue
-from listener.wakeup import Stop
+from listener.stop import Stop
 
 # While a batch is encoded the next is ready; more would only lengthen the leases.
 _AHEAD = 2

@@ -21,7 +21,8 @@ from listener.logs import log
 from listener.pipeline import Pipeline
 from listener.queue import EventId, Queue
 from listener.status import read_backlog
-from listener.wakeup import Stop, Wakeup
+from listener.stop import Stop
+from listener.wakeup import Wakeup
 from listener.worker import Worker, beat
 
 # Within the time limit of a statement even where reading an event takes milliseconds.

@@ -10,16 +10,15 @@ over when the leader's session ends, and are called when a claim was full.
 from __future__ import annotations
 
 import logging
-import os
 import random
 import secrets
 import selectors
-import threading
 import time
 
 from listener import queries
 from listener.database import Connection, translated
 from listener.logs import log
+from listener.stop import Stop
 
 # Any two numbers will do, as long as nothing else in the database uses them.
 GATE_KEY = 4_702_111_384
@@ -28,19 +27,6 @@ LEADER_KEY = 4_702_111_385
 _PROBE_SECONDS = 2.0
 _FOLLOWER_SECONDS = 1.0
 _FIRST_LOOK_SECONDS, _LAST_LOOK_SECONDS = 0.01, 0.05
-
-
-class Stop(threading.Event):
-    """An event that also ends a sleep. Safe to set in a signal handler and from any thread."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read_end, self._write_end = os.pipe()
-
-    def set(self) -> None:
-        """Stop, for good: the byte is never read."""
-        super().set()
-        os.write(self._write_end, b"!")
 
 
 class Wakeup:

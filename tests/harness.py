@@ -26,8 +26,8 @@ from listener.config import Settings
 from listener.database import Connection, connect, register_vector
 from listener.encoding import Encoder
 from listener.service import Service
+from listener.stop import Stop
 from listener.template import sql_text
-from listener.wakeup import Stop
 
 DEADLINE_SECONDS = 20.0
 

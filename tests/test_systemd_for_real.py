@@ -38,7 +38,7 @@ def blocks_of_the_readme(language: str) -> list[str]:
 
 def install_lines() -> list[str]:
     """The three commands that install the units."""
-    (block,) = [block for block in blocks_of_the_readme("sh") if "daemon-reload" in block]
+    (block,) = [block for block in blocks_of_the_readme("sh") if "env.example" in block]
     return block.splitlines()
 
 
@@ -70,7 +70,11 @@ def model(minilm: Path) -> str:
 @pytest.fixture(scope="module")
 def converted(machine: Machine, model: str) -> None:
     """As the README says, before the service has ever run."""
-    (convert,) = [block for block in blocks_of_the_readme("sh") if "model convert" in block]
+    (convert,) = [
+        line
+        for line in blocks_of_the_readme("sh")
+        if line.startswith("HF_HOME=") and "convert" in line
+    ]
     machine.shell(f"export EMBEDDING_MODEL={model}; {convert}")
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from listener.database import Connection
-from listener.wakeup import Stop, Wakeup
+from listener.stop import Stop
+from listener.wakeup import Wakeup
 from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
 
 
