@@ -216,6 +216,11 @@ class Database:
         """The same database under other settings."""
         return replace(self, settings=replace(self.settings, **changes))
 
+    def through(self, port: int) -> Database:
+        """The same database as the service sees it through a port of the loopback."""
+        url = f"postgresql://{SERVICE_ROLE}@127.0.0.1:{port}/{self.conn.info.dbname}"
+        return self.with_settings(database_url=url)
+
     @contextmanager
     def session(self, name: str = "listener-test") -> Iterator[Connection]:
         """Another connection of the owner."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from listener.embedded import Server
-from tests.harness import SERVICE_ROLE, Database, TinyEmbedder, serving, wait_until
+from tests.harness import Database, TinyEmbedder, serving, wait_until
 from tests.pooler import needs_pgbouncer, pooled
 
 pytestmark = needs_pgbouncer
@@ -18,10 +18,7 @@ pytestmark = needs_pgbouncer
 def behind_pooler(server: Server, database: Database, tmp_path: Path) -> Iterator[Database]:
     """The database as a PgBouncer in transaction mode shows it."""
     with pooled(server, tmp_path, "transaction") as port:
-        name = database.conn.info.dbname
-        yield database.with_settings(
-            database_url=f"postgresql://{SERVICE_ROLE}@127.0.0.1:{port}/{name}", poll_seconds=0.2
-        )
+        yield database.through(port).with_settings(poll_seconds=0.2)
 
 
 def test_behind_a_transaction_pooler_events_are_found_by_polling(

@@ -120,10 +120,7 @@ def test_a_transaction_pooler_fails_and_a_session_pooler_passes(
 ) -> None:
     """By the NOTIFY that returns or doesn't; the ports are alike."""
     with pooled(server, tmp_path, mode) as port:
-        name = static.conn.info.dbname
-        url = f"postgresql://postgres@127.0.0.1:{port}/{name}"
-
-        found = findings(static.with_settings(database_url=url))
+        found = findings(static.through(port))
 
     assert found["notify"].ok == passes
     assert passes or "session pooler" in found["notify"].detail
@@ -288,36 +285,20 @@ def test_a_clock_that_differs_is_a_warning(
 # --- the database --------------------------------------------------------------------------------
 
 
-@contextmanager
-def role(database: Database, name: str, attributes: str = "") -> Iterator[Database]:
-    """The database as a role with all rights on our tables and iot_events, owner of none."""
-    database.rows(f"create role {name} login {attributes}")
-    for grant in (
-        "usage on schema listener",
-        "all on all tables in schema listener",
-        "all on all sequences in schema listener",
-        "execute on all functions in schema listener",
-        "all on all tables in schema public",
-    ):
-        database.rows(f"grant {grant} to {name}")
-    try:
-        url = database.owner.database_url.replace("postgres@", f"{name}@")
-        yield database.with_settings(database_url=url)
-    finally:
-        database.rows(f"drop owned by {name} cascade")
-        database.rows(f"drop role {name}")
-
-
 @pytest.mark.parametrize("path", ["''", "pg_temp, other"])
 def test_the_search_path_of_the_role_does_not_matter(static: Database, path: str) -> None:
     """Everything is found by its full name, the operators of the search too."""
-    with role(static, "lost") as lost:
-        static.rows(f"alter role lost set search_path = {path}")
-        static.insert("a")
-
+    static.rows("create role lost login in role listener_worker")
+    static.rows(f"alter role lost set search_path = {path}")
+    url = static.owner.database_url.replace("//postgres@", "//lost@")
+    lost = static.with_settings(database_url=url)
+    static.insert("a")
+    try:
         assert [finding.state for finding in findings(lost).values()] == ["ok"] * len(NAMES)
         listener(lost.settings, "run", "--once")
         assert "0.0" not in listener(lost.settings, "search", "a").stdout
+    finally:
+        static.rows("drop role lost")
 
     assert len(static.embedded()) == 1
 

@@ -95,14 +95,6 @@ def proxy(server: Server) -> Iterator[Proxy]:
         yield made
 
 
-def through(proxy: Proxy, database: Database) -> Database:
-    """The database as a worker behind the proxy sees it."""
-    name = database.conn.info.dbname
-    return database.with_settings(
-        database_url=f"postgresql://postgres@127.0.0.1:{proxy.port}/{name}"
-    )
-
-
 def test_counters_move_with_what_happens(
     database: Database, watch: Callable[..., Endpoint]
 ) -> None:
@@ -199,7 +191,7 @@ def test_ready_only_while_the_database_is_there(
 ) -> None:
     """Not before LISTEN is live, not after it is lost; healthy throughout, and scraped."""
     proxy.refuses = True
-    endpoint = watch(through(proxy, database))
+    endpoint = watch(database.through(proxy.port))
     endpoint.worker.wait_for("event=connection_lost")
 
     assert (endpoint.status("/readyz"), endpoint.status("/healthz")) == (503, 200)
@@ -226,7 +218,7 @@ def test_a_scrape_comes_though_the_database_is_silent(
     proxy: Proxy, database: Database, watch: Callable[..., Endpoint]
 ) -> None:
     """The counters don't wait for one that neither answers nor refuses."""
-    endpoint = watch(through(proxy, database))
+    endpoint = watch(database.through(proxy.port))
     wait_until(lambda: endpoint.status("/readyz") == 200)
 
     proxy.black_hole()

@@ -108,20 +108,17 @@ def test_a_database_that_is_away_is_no_hang(
 ) -> None:
     """The watchdog is fed while the service tries to connect."""
     assert server.port is not None
-    with proxied(server.port) as proxy:
-        name = database.conn.info.dbname
-        url = f"postgresql://postgres@127.0.0.1:{proxy.port}/{name}"
-        with serving(database.with_settings(database_url=url)):
-            wait_until(lambda: is_asleep(database))
-            proxy.refuses = True
-            proxy.reset()
-            wait_until(lambda: systemd.status() == "connecting to Postgres")
-            systemd.forget()
+    with proxied(server.port) as proxy, serving(database.through(proxy.port)):
+        wait_until(lambda: is_asleep(database))
+        proxy.refuses = True
+        proxy.reset()
+        wait_until(lambda: systemd.status() == "connecting to Postgres")
+        systemd.forget()
 
-            wait_until(systemd.is_fed)
+        wait_until(systemd.is_fed)
 
-            proxy.refuses = False
-            wait_until(lambda: systemd.status() == "backlog 0 events, lag 0.0 s")
+        proxy.refuses = False
+        wait_until(lambda: systemd.status() == "backlog 0 events, lag 0.0 s")
 
 
 def test_a_model_that_can_not_run_is_no_hang(database: Database, systemd: Systemd) -> None:

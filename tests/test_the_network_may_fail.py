@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from listener.embedded import Server
-from tests.harness import SERVICE_ROLE, Database, TinyEmbedder, is_asleep, serving, wait_until
+from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
 from tests.proxy import Proxy, proxied
 
 # What the product promises for a link that carries nothing and says nothing.
@@ -21,9 +21,7 @@ def behind_proxy(server: Server, database: Database) -> Iterator[tuple[Proxy, Da
     """The database as a service sees it through a proxy."""
     assert server.port is not None
     with proxied(server.port) as proxy:
-        name = database.conn.info.dbname
-        url = f"postgresql://{SERVICE_ROLE}@127.0.0.1:{proxy.port}/{name}"
-        yield proxy, database.with_settings(database_url=url)
+        yield proxy, database.through(proxy.port)
 
 
 @contextmanager
