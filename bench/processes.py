@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 
@@ -42,20 +42,26 @@ class Line:
         return datetime.fromisoformat(self.fields["time"]).timestamp()
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoggedProcess:
     """A process and the file that takes its stdout and stderr."""
 
     process: subprocess.Popen[bytes]
     log: Path
+    _lines: list[Line] = field(default_factory=list)
+    _bytes_read: int = 0
 
     def lines(self) -> list[Line]:
-        """The complete lines so far. Looking costs the process under measurement nothing."""
-        complete = self.log.read_text().rpartition("\n")[0].splitlines()
-        return [
+        """The complete lines so far; reads what is new, so as not to disturb what it watches."""
+        with self.log.open("rb") as log:
+            log.seek(self._bytes_read)
+            complete = b"".join(log.read().rpartition(b"\n")[:2])
+        self._bytes_read += len(complete)
+        self._lines += [
             Line({name: value.strip('"') for name, value in _FIELD.findall(line)})
-            for line in complete
+            for line in complete.decode().splitlines()
         ]
+        return self._lines
 
     def wait_for(self, event: str) -> Line:
         """The first line of this event. Raises BenchError if the process ends before it."""

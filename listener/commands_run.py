@@ -206,7 +206,7 @@ def fetch_command() -> None:
     click.echo(fetch(load_settings()))
 
 
-@model_group.command("convert", cls=Command, settings=(*MODEL, "model_cache", "batch_tokens"))
+@model_group.command("convert", cls=Command, settings=(*MODEL, "model_cache"))
 def convert_command() -> None:
     """Make the model ready for OpenVINO, once; takes torch and some seconds."""
     # Imports torch.

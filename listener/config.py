@@ -61,7 +61,7 @@ class Settings:
         10_000, "Scope of the sweep at start-up and on its timer: the last N events; 0 for none."
     )
     batch_events: int = _setting(256, "Most events in one claim.", at_least=1)
-    batch_tokens: int = _setting(1024, "Most tokens in one pass of the model.", at_least=1)
+    batch_tokens: int = _setting(16384, "Most tokens in one pass of the model.", at_least=1)
     cache_texts: int = _setting(
         10_000, "Texts whose vectors are kept in memory for reuse (1.6 kB each)."
     )

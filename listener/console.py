@@ -25,12 +25,13 @@ DATABASE = ("database_url",)
 MODEL = ("embedding_model", "embedding_revision")
 ENGINE = (*MODEL, "engine", "precision", "model_cache")
 LOGS = ("log_format", "log_level")
-ENCODING = (*ENGINE, "batch_tokens", "cache_texts")
+ENCODING = (*ENGINE, "cache_texts")
 SERVICE = (
     *DATABASE,
     *ENCODING,
     "backfill_last_n",
     "batch_events",
+    "batch_tokens",
     "lease_seconds",
     "encode_seconds",
     "max_attempts",

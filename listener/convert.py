@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
@@ -20,10 +21,12 @@ from listener.engine_openvino import OpenVinoEmbedder, converted_directory, load
 from listener.engine_torch import SentenceTransformersEmbedder
 from listener.errors import ConfigError
 from listener.model import ModelFiles, locate
+from listener.passes import plan_passes
 
 _CONVERTIBLE = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
 # Kept with the model; at each start they are encoded again.
 _KNOWN_TEXTS = ("pump 7 reports a temperature of 71 degrees", "door left open")
+_PASS_TOKENS = 1024
 _WORDS = (
     "pump VALVE leaking °C 71.5 door-left open Überdruck 温度 🚰 ok offline; temperature's rising"
 )
@@ -53,12 +56,12 @@ def convert(settings: Settings) -> Path:
     files = replace(locate(settings), precision="fp32")
     load_openvino()
     _require_convertible(files)
-    original = SentenceTransformersEmbedder(files, settings.batch_tokens)
+    original = SentenceTransformersEmbedder(files)
     target = converted_directory(files, settings)
     if not _is_exact(original, files, target):
         _replace(target, original, files)
     # Fills the cache of compiled kernels, which knows the model by its path.
-    OpenVinoEmbedder(files, target, settings.batch_tokens)
+    OpenVinoEmbedder(files, target)
     for compiled in (target / engine_openvino.COMPILED).glob("*"):
         compiled.chmod(0o644)  # the service may run under another account
     return target
@@ -188,10 +191,16 @@ def _least_cosine(
     original: SentenceTransformersEmbedder, files: ModelFiles, directory: Path
 ) -> float:
     texts = _samples()
-    converted = OpenVinoEmbedder(files, directory, batch_tokens=1024)
-    together = (original.encode(texts) * converted.encode(texts)).sum(axis=1)
+    converted = OpenVinoEmbedder(files, directory)
+    passes = [
+        [texts[index] for index in indices]
+        for indices in plan_passes(original.lengths(texts), _PASS_TOKENS)
+    ]
+    together = [
+        cosine for one in passes for cosine in (original.encode(one) * converted.encode(one)).sum(1)
+    ]
     alone = [float(original.encode([t])[0] @ converted.encode([t])[0]) for t in texts[:8]]
-    return min(float(together.min()), *alone)
+    return min(float(np.min(together)), *alone)
 
 
 def _samples() -> Sequence[str]:

@@ -27,7 +27,14 @@ class Embedder(Protocol):
     max_tokens: int | None
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Shape (len(texts), 384), rows of unit length, in the order of the texts."""
+        """Shape (len(texts), 384), rows of unit length, in the order of the texts.
+
+        One pass of the model: each text costs as much as the longest, and all need memory at once.
+        """
+        ...
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """What each text costs, in tokens; may be called while another thread encodes."""
         ...
 
     def count_tokens(self, text: str) -> int:
@@ -45,11 +52,11 @@ def load_embedder(settings: Settings) -> Embedder:
     if engine == "openvino":
         return engine_openvino.OpenVinoEmbedder.of_cache(files, settings)
     if engine == "static":
-        return engine_static.StaticEmbedder(files, settings.batch_tokens)
+        return engine_static.StaticEmbedder(files)
     # Imports torch: seconds, and hundreds of megabytes.
     from listener.engine_torch import SentenceTransformersEmbedder
 
-    return SentenceTransformersEmbedder(files, settings.batch_tokens)
+    return SentenceTransformersEmbedder(files)
 
 
 def choose_engine(settings: Settings, files: ModelFiles) -> str:

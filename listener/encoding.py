@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from listener.config import DIMENSION
 from listener.counters import counters
 from listener.errors import EmbeddingError, ModelFault
+from listener.passes import plan_passes
 
 if TYPE_CHECKING:
     from listener.embedder import Embedder
@@ -23,6 +24,17 @@ Vector = NDArray[np.float32]
 
 _KNOWN_TEXT = "pump 7 reports a temperature of 71 degrees"
 _UNIT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Texts that go through the model together: their indices, and the tokens with padding.
+
+    0 tokens where nothing was counted: a text alone, or all known.
+    """
+
+    indices: list[int]
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,35 @@ class Encoder:
     def fingerprint(self) -> str:
         """What is stored as `model` beside each vector."""
         return self._embedder.fingerprint
+
+    def plan(self, texts: Sequence[str], most_tokens: int) -> list[Pass]:
+        """Every text in one pass, those of like length together, the longest first.
+
+        What is remembered costs nothing and goes with the first pass.
+        """
+        known: list[int] = []
+        by_text: dict[str, list[int]] = {}
+        for index, text in enumerate(texts):
+            (known if text in self._cache else by_text.setdefault(text, [])).append(index)
+        if len(by_text) < 2:
+            return [Pass(list(range(len(texts))), 0)]
+        unknown = list(by_text)
+        lengths = self._lengths(unknown)
+        passes = [
+            Pass(
+                [index for one in together for index in by_text[unknown[one]]],
+                max(lengths[one] for one in together) * len(together),
+            )
+            for together in plan_passes(lengths, most_tokens)
+        ]
+        passes[0].indices.extend(known)
+        return passes
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        try:
+            return self._embedder.lengths(texts)
+        except Exception:  # noqa: BLE001  any library error; `encode` meets it again and says whose
+            return [1] * len(texts)
 
     def submit(self, texts: Sequence[str]) -> Future[Encoded]:
         """Encode on the model's thread. The future raises ModelFault if the model can't run."""

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from tokenizers import Tokenizer
 from listener.config import DIMENSION, Settings
 from listener.errors import ConfigError
 from listener.model import ModelFiles
-from listener.passes import encode_in_passes
 
 # Raised when converted models of before can't be used any more.
 FORMAT = 1
@@ -79,14 +79,13 @@ class OpenVinoEmbedder:
                 f"{files.name} is not converted for OpenVINO; run `listener model convert` or set "
                 "ENGINE=torch and PRECISION=fp32"
             )
-        return cls(files, directory, settings.batch_tokens)
+        return cls(files, directory)
 
-    def __init__(self, files: ModelFiles, directory: Path, batch_tokens: int) -> None:
-        """Load the converted model of `files`; `batch_tokens` bounds one pass of it.
+    def __init__(self, files: ModelFiles, directory: Path) -> None:
+        """Load the converted model of `files`.
 
         Raises ConfigError if it is damaged, of another model, or the CPU lacks the precision.
         """
-        self._batch_tokens = batch_tokens
         openvino = load_openvino()
         core = openvino.Core()
         _require_precision(core, files.precision)
@@ -96,7 +95,8 @@ class OpenVinoEmbedder:
             self.max_tokens: int | None = manifest["max_tokens"]
             self._pad_id: int = manifest["pad_id"]
             self._tokenizer = Tokenizer.from_file(str(directory / TOKENIZER))
-            self._cut()
+            if self.max_tokens is not None:
+                self._tokenizer.enable_truncation(self.max_tokens)
             self._request = _compile(core, directory, files.precision).create_infer_request()
             self._require_known_vectors(manifest, _LEAST_COSINE[files.precision])
         except Exception as error:
@@ -124,14 +124,6 @@ class OpenVinoEmbedder:
         if not texts:
             return np.zeros((0, DIMENSION), np.float32)
         ids = [one.ids for one in self._tokenizer.encode_batch_fast(list(texts))]
-        if len(ids) == 1:
-            return self._pass(ids)
-        tokens = np.array([len(one) for one in ids])
-        return encode_in_passes(
-            tokens, self._batch_tokens, lambda indices: self._pass([ids[i] for i in indices])
-        )
-
-    def _pass(self, ids: list[list[int]]) -> NDArray[np.float32]:
         lengths = np.array([len(one) for one in ids])
         mask = np.arange(lengths.max()) < lengths[:, np.newaxis]
         padded = np.full(mask.shape, self._pad_id, np.int64)
@@ -139,16 +131,20 @@ class OpenVinoEmbedder:
         vectors: NDArray[np.float32] = self._request.infer([padded, mask.astype(np.int64)])[0]
         return vectors
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """The tokens of each text that the model computes."""
+        return [len(one.ids) for one in self._tokenizer.encode_batch_fast(list(texts))]
+
     def count_tokens(self, text: str) -> int:
         """How many tokens the whole text has, special ones included."""
-        self._tokenizer.no_truncation()
-        count = len(self._tokenizer.encode(text).ids)
-        self._cut()
-        return count
+        return len(self._uncut.encode(text).ids)
 
-    def _cut(self) -> None:
-        if self.max_tokens is not None:
-            self._tokenizer.enable_truncation(self.max_tokens)
+    @cached_property
+    def _uncut(self) -> Tokenizer:
+        # Another thread may ask the first for lengths: it must not change.
+        uncut = Tokenizer.from_str(self._tokenizer.to_str())
+        uncut.no_truncation()
+        return uncut
 
 
 def _compile(core: Any, directory: Path, precision: str) -> Any:

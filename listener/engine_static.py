@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from listener.model import ModelFiles, cannot_be_loaded, require_dimension
-from listener.passes import encode_in_passes
 
 _TABLE = "embedding.weight"
+# Lengths are told in steps of so many characters, each four a token.
+_ROUGHLY = 256
 
 
 def fits(files: ModelFiles) -> bool:
@@ -32,12 +33,8 @@ class StaticEmbedder:
 
     engine = "static"
 
-    def __init__(self, files: ModelFiles, batch_tokens: int) -> None:
-        """Load the table; `batch_tokens` bounds one pass.
-
-        Raises ConfigError if the model is damaged or gives no 384 numbers.
-        """
-        self._batch_tokens = batch_tokens
+    def __init__(self, files: ModelFiles) -> None:
+        """Load the table. Raises ConfigError if it is damaged or gives no 384 numbers."""
         directory = files.modules()[0].directory
         try:
             with safe_open(directory / "model.safetensors", "np") as weights:
@@ -61,10 +58,7 @@ class StaticEmbedder:
             return np.zeros((0, self._table.shape[1]), np.float32)
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         ids = [np.array(one.ids, np.int64) for one in found]
-        lengths = np.array([len(one) for one in ids])
-        sums = encode_in_passes(
-            lengths, self._batch_tokens, lambda indices: self._sums([ids[i] for i in indices])
-        )
+        sums = self._sums(ids)
         norms = np.linalg.norm(sums, axis=1, keepdims=True)
         unit: NDArray[np.float32] = sums / np.maximum(norms, np.float32(1e-12))
         return unit
@@ -83,6 +77,10 @@ class StaticEmbedder:
             rows = self._table[np.concatenate(ids)]
             sums[filled] = np.add.reduceat(rows, starts, axis=0)
         return sums
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Roughly the tokens of each text: nothing is padded, so only a long one stands out."""
+        return [(len(text) // _ROUGHLY + 1) * _ROUGHLY // 4 for text in texts]
 
     def count_tokens(self, text: str) -> int:
         """How many tokens the whole text has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from transformers.utils import logging as transformers_logging
 
 from listener.errors import ConfigError
 from listener.model import ModelFiles, cannot_be_loaded, require_dimension
-from listener.passes import encode_in_passes
 
 _SHORT_CHARACTERS = 300
 
@@ -27,12 +27,8 @@ class SentenceTransformersEmbedder:
 
     engine = "torch"
 
-    def __init__(self, files: ModelFiles, batch_tokens: int) -> None:
-        """Load the model; `batch_tokens` bounds one pass of it.
-
-        Raises ConfigError if the model is damaged or gives no 384 numbers.
-        """
-        self._batch_tokens = batch_tokens
+    def __init__(self, files: ModelFiles) -> None:
+        """Load the model. Raises ConfigError if it is damaged or gives no 384 numbers."""
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self._threads = torch.get_num_threads()
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,20 +47,11 @@ class SentenceTransformersEmbedder:
         require_dimension(files, self.model.encode(["a"], show_progress_bar=False).shape[1])
         self.fingerprint = files.fingerprint
         self.max_tokens: int | None = _max_tokens(self.model)
+        # The model's own is set to pad and cut while it encodes.
+        self._tokenizer = copy.deepcopy(self.model.tokenizer)
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Shape (len(texts), 384), rows of unit length, in the order of the texts.
-
-        The longest go first, in passes of like length: padding costs as much as text.
-        """
-        if len(texts) <= 1:
-            return self._pass(texts)
-        tokens = np.minimum(self._count(texts), self.max_tokens or np.iinfo(np.int64).max)
-        return encode_in_passes(
-            tokens, self._batch_tokens, lambda indices: self._pass([texts[i] for i in indices])
-        )
-
-    def _pass(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Shape (len(texts), 384), rows of unit length, in the order of the texts."""
         # Waking sleeping helper threads takes longer than they save on one short text.
         alone = len(texts) == 1 and len(texts[0]) <= _SHORT_CHARACTERS
         torch.set_num_threads(1 if alone else self._threads)
@@ -81,12 +68,16 @@ class SentenceTransformersEmbedder:
         """The bare transformer, without pooling."""
         return self.model[0].auto_model
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """The tokens of each text that the model computes."""
+        return [min(count, self.max_tokens or count) for count in self._count(texts)]
+
     def count_tokens(self, text: str) -> int:
         """How many tokens the whole text has, special ones included."""
         return self._count([text])[0]
 
     def _count(self, texts: Sequence[str]) -> list[int]:
-        tokenizer: Any = self.model.tokenizer
+        tokenizer: Any = self._tokenizer
         if hasattr(tokenizer, "encode_batch"):  # a static embedding's bare tokenizer
             return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
         ids = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]

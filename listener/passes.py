@@ -1,33 +1,56 @@
-"""Many texts in passes of the model: longest first, texts of like length together."""
+"""Which texts go through the model together: those of like length, with the least padding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-Indices = NDArray[np.int64]
-Vectors = NDArray[np.float32]
+# What one more pass costs, as if it were tokens: the weights go through the caches once more.
+_PASS_TOKENS = 40
 
 
-def encode_in_passes(
-    tokens: NDArray[np.int64], most: int, encode_pass: Callable[[Indices], Vectors]
-) -> Vectors:
-    """Shape (len(tokens), 384), in the order of `tokens`, the token counts of at least one text.
+def plan_passes(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Indices of `lengths`, the tokens of each text, by pass; the longest texts first.
 
-    `encode_pass` gets the indices of the texts of one pass, the longest first; padded to the
-    length of that one they have at most `most` tokens, unless it stands alone.
+    In a pass each text is padded to the longest. So padded it has at most `most` tokens, unless it
+    is one text alone.
     """
-    longest_first = np.argsort(-tokens, kind="stable")
-    vectors = np.concatenate([encode_pass(one) for one in _split(longest_first, tokens, most)])
-    return vectors[np.argsort(longest_first)]
-
-
-def _split(longest_first: Indices, tokens: NDArray[np.int64], most: int) -> list[Indices]:
+    of_length: dict[int, list[int]] = defaultdict(list)
+    for index, length in enumerate(lengths):
+        of_length[max(length, 1)].append(index)
+    longest_first = sorted(of_length, reverse=True)
     passes = []
-    while longest_first.size:
-        size = max(int(most // max(tokens[longest_first[0]], 1)), 1)
-        passes.append(longest_first[:size])
-        longest_first = longest_first[size:]
+    for first, end in _cheapest_cuts(
+        longest_first, [len(of_length[n]) for n in longest_first], most
+    ):
+        together = [index for length in longest_first[first:end] for index in of_length[length]]
+        size = _most_texts(longest_first[first], most)
+        passes += [together[start : start + size] for start in range(0, len(together), size)]
     return passes
+
+
+def _cheapest_cuts(
+    lengths: Sequence[int], counts: Sequence[int], most: int
+) -> list[tuple[int, int]]:
+    """Runs of `lengths`, descending, each padded to its first, so that all cost least together."""
+    # The cost of all lengths before the index, and where the last run of them begins.
+    cost, begins = [0], [0]
+    for end in range(1, len(lengths) + 1):
+        texts, choices = 0, []
+        for first in range(end - 1, -1, -1):
+            texts += counts[first]
+            passes = -(-texts // _most_texts(lengths[first], most))
+            run = texts * lengths[first] + passes * _PASS_TOKENS
+            choices.append((cost[first] + run, first))
+        cheapest, first = min(choices)
+        cost.append(cheapest)
+        begins.append(first)
+    runs, end = [], len(lengths)
+    while end:
+        runs.append((begins[end], end))
+        end = begins[end]
+    return runs[::-1]
+
+
+def _most_texts(longest: int, most: int) -> int:
+    return max(most // longest, 1)

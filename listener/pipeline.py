@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from listener.config import Settings
 from listener.counters import counters
@@ -21,25 +21,27 @@ from listener.stop import Stop
 # While a batch is encoded the next is ready; more would only lengthen the leases.
 _AHEAD = 2
 # A claim is about so long, because among many texts there are more of like length; a batch of it
-# is shorter, because a stop waits for it, and a worker that dies loses it.
-_CLAIM_SECONDS, _BATCH_SECONDS = 1.0, 0.25
+# is shorter, because a stop and a new event wait for it, and a worker that dies loses it.
+_CLAIM_SECONDS, _BATCH_SECONDS = 4.0, 0.25
 _SMALLEST_CLAIM, _FIRST_CLAIM = 16, 64
-_SMALLEST_BATCH, _FIRST_BATCH = 8, 16
+# In tokens; below, what a pass costs beside them begins to show.
+_SMALLEST_PASS = 1024
 # Commits don't wait for the disk; a crash of the server may undo those of its last moments.
 _UNDONE_SECONDS = 2.0
 # While the model runs, a stop is noticed this soon.
 _LOOK_UP_SECONDS = 0.1
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
-    """Events of a claim on their way through the model; `is_last` of the claim's batches."""
+    """Events of a claim on their way through the model, in one pass; `is_last` of the claim's."""
 
-    lease: int
+    claim: Claim
     events: list[Event]
-    encoding: Future[Encoded]
-    submitted: float
+    tokens: int
     is_last: bool
+    submitted: float = 0.0
+    encoding: Future[Encoded] = field(default_factory=Future)
 
     @property
     def event_ids(self) -> list[EventId]:
@@ -68,9 +70,15 @@ class Pipeline:
         self._encoder = encoder
         self._stop = stop
         self._claim_events = min(_FIRST_CLAIM, settings.batch_events)
-        self._batch_events = _FIRST_BATCH
-        # Events and seconds of the claim in hand, so far.
-        self._done, self._spent = 0, 0.0
+        self._pass_tokens = min(_SMALLEST_PASS, settings.batch_tokens)
+        # Claimed, and not yet given to the model: what is new goes before it.
+        self._waiting: deque[Batch] = deque()
+        # With the model, in order.
+        self._running: deque[Batch] = deque()
+        self._more = True
+        self._extended = time.monotonic()
+        # Events, tokens and seconds of each batch since the last claim ended.
+        self._done: list[tuple[int, int, float]] = []
         self._finished = 0.0
         self._written: deque[tuple[float, int]] = deque()
 
@@ -80,30 +88,25 @@ class Pipeline:
         `on_first_claim` is told whether the first claim was full, `on_batch` called after each.
         Raises ModelFault, with every claim given back, if the model can't run, and EncodeHung.
         """
-        claimed = 0
-        batches: deque[Batch] = deque()
-        more, ahead = True, _AHEAD
+        claimed, self._more = 0, True
         try:
             while True:
-                while more and len(batches) < ahead and not self._stop.is_set():
-                    claim = self._queue.claim(self._claim_events)
-                    if claim is None:
-                        break
+                while claim := self._claim():
                     if claimed == 0:
                         on_first_claim(claim.is_full)
                     claimed += len(claim.event_ids)
-                    more = claim.is_full or claim.retried
-                    # One that kills the process shall not cost another an attempt.
-                    ahead = 1 if claim.retried else _AHEAD
-                    batches.extend(self._submit(claim))
-                if not batches:
+                    self._start()
+                self._start()
+                if not self._running:
                     return claimed
-                self._await_first(batches)
-                self._finish(batches.popleft())
+                self._await_first()
+                self._finish(self._running.popleft())
                 on_batch()
         except ModelFault:
-            for batch in batches:
+            for batch in self._running:
                 batch.encoding.cancel()
+            self._running.clear()
+            self._waiting.clear()
             self.give_back()
             self._queue.notify()
             raise
@@ -115,42 +118,71 @@ class Pipeline:
             # Only now: if the connection breaks meanwhile, it is still in hand.
             del self._in_hand[lease]
 
-    def _submit(self, claim: Claim) -> list[Batch]:
-        """At least one batch, in the order of length: what is padded alike is encoded together."""
+    def _claim(self) -> Claim | None:
+        """More to do, if there is room for it: what is new goes before what waits."""
+        in_hand = [*self._running, *self._waiting]
+        # One that kills the process shall not cost another an attempt.
+        is_suspect = any(batch.claim.retried for batch in in_hand)
+        if self._stop.is_set() or is_suspect or len(self._running) >= _AHEAD:
+            return None
+        claim = None
+        if not self._waiting:
+            claim = self._queue.claim(self._claim_events) if self._more else None
+            self._more = claim is not None and (claim.is_full or claim.retried)
+        elif not self._waiting[0].claim.is_new:
+            claim = self._queue.claim_changes(self._claim_events)
+            self._more = self._more or (claim is not None and claim.is_full)
+        if claim is not None:
+            self._waiting.extendleft(reversed(self._cut(claim)))
+        return claim
+
+    def _cut(self, claim: Claim) -> list[Batch]:
+        """At least one batch."""
         self._in_hand[claim.lease] = claim.event_ids
-        events = sorted(self._queue.read(claim), key=lambda event: (len(event.text), event.text))
-        size, now = self._batch_events, time.monotonic()
-        parts = [events[start : start + size] for start in range(0, len(events), size)] or [events]
+        events = self._queue.read(claim)
+        passes = self._encoder.plan([event.text for event in events], self._pass_tokens)
         return [
-            Batch(
-                claim.lease,
-                part,
-                self._encoder.submit([event.text for event in part]),
-                now,
-                is_last=part is parts[-1],
-            )
-            for part in parts
+            Batch(claim, [events[i] for i in one.indices], one.tokens, is_last=one is passes[-1])
+            for one in passes
         ]
 
-    def _await_first(self, batches: deque[Batch]) -> None:
+    def _start(self) -> None:
+        """Give the model what it can work on next."""
+        if self._stop.is_set():
+            self._give_back_unstarted()
+        while self._waiting and len(self._running) < _AHEAD:
+            batch = self._waiting[0]
+            if batch.claim.retried and self._running and self._running[-1].claim is not batch.claim:
+                return
+            self._waiting.popleft()
+            batch.submitted = time.monotonic()
+            batch.encoding = self._encoder.submit([event.text for event in batch.events])
+            self._running.append(batch)
+
+    def _await_first(self) -> None:
         """Wait for the first batch's vectors; extend leases, and on a stop give the rest back."""
-        extended = time.monotonic()
-        while not wait([batches[0].encoding], timeout=_LOOK_UP_SECONDS).done:
+        first = self._running[0]
+        self._extend_leases()
+        while not wait([first.encoding], timeout=_LOOK_UP_SECONDS).done:
             # A long encode is no hang; one that takes too long is ended below.
             health.progressed()
             if self._stop.is_set():
-                self._give_back_unstarted(batches)
-            if self._seconds_in_hand(batches[0]) > self._settings.encode_seconds:
-                self._give_back_unstarted(batches)
+                self._give_back_unstarted()
+            if self._seconds_in_hand(first) > self._settings.encode_seconds:
+                self._give_back_unstarted()
                 raise EncodeHung(
                     f"the model has not returned for {self._settings.encode_seconds:.0f} s with "
-                    f"{len(batches[0].events)} events, the first {batches[0].event_ids[0]}; "
+                    f"{len(first.events)} events, the first {first.event_ids[0]}; "
                     "the process ends, to be started again"
                 )
-            if time.monotonic() - extended > self._settings.lease_seconds / 3:
-                extended = time.monotonic()
-                for batch in batches:
-                    self._queue.extend(batch.lease, batch.event_ids)
+            self._extend_leases()
+
+    def _extend_leases(self) -> None:
+        if time.monotonic() - self._extended < self._settings.lease_seconds / 3:
+            return
+        self._extended = time.monotonic()
+        for batch in (*self._running, *self._waiting):
+            self._queue.extend(batch.claim.lease, batch.event_ids)
 
     def _finish(self, batch: Batch) -> None:
         """Store and acknowledge what the model gave; fail what it refused."""
@@ -162,7 +194,7 @@ class Pipeline:
         ]
         stored = len(
             self._queue.write(
-                batch.lease,
+                batch.claim.lease,
                 [event for event, _ in good],
                 [vector for _, vector in good],
                 self._encoder.fingerprint,
@@ -171,9 +203,9 @@ class Pipeline:
         failed = self._fail(batch, encoded)
         seconds = self._seconds_in_hand(batch)
         self._finished = time.monotonic()
-        self._done, self._spent = self._done + len(batch.events), self._spent + seconds
+        self._done.append((len(batch.events), batch.tokens, seconds))
         if batch.is_last:
-            self._end_claim(batch.lease)
+            self._end_claim(batch.claim.lease)
         counters.batch(len(batch.events), encoded.encoded, encoded.reused)
         log(
             logging.INFO,
@@ -190,8 +222,7 @@ class Pipeline:
         self._written.append((self._finished, lease))
         while self._finished - self._written[0][0] > _UNDONE_SECONDS:
             self._in_hand.pop(self._written.popleft()[1], None)
-        self._adapt(self._done / max(self._spent, 1e-3))
-        self._done, self._spent = 0, 0.0
+        self._adapt()
 
     def _seconds_in_hand(self, batch: Batch) -> float:
         """How long so far; its predecessor's encode is not its own time."""
@@ -199,21 +230,26 @@ class Pipeline:
 
     def _fail(self, batch: Batch, encoded: Encoded) -> int:
         return sum(
-            self._queue.fail(batch.lease, [event.event_id], str(result))
+            self._queue.fail(batch.claim.lease, [event.event_id], str(result))
             for event, result in zip(batch.events, encoded.results, strict=True)
             if isinstance(result, EmbeddingError)
         )
 
-    def _give_back_unstarted(self, batches: deque[Batch]) -> None:
-        """Release the batches, but the first, whose encode hasn't begun."""
-        for batch in list(batches)[1:]:
+    def _give_back_unstarted(self) -> None:
+        """Release the batches whose encode hasn't begun."""
+        for batch in (*list(self._running)[1:], *self._waiting):
             if batch.encoding.cancel():
-                self._queue.release(batch.lease, batch.event_ids)
-                batches.remove(batch)
+                self._queue.release(batch.claim.lease, batch.event_ids)
+                (self._running if batch in self._running else self._waiting).remove(batch)
                 self._queue.notify()
 
-    def _adapt(self, events_per_second: float) -> None:
-        """Size the next claim and its batches by how long they will take."""
-        wanted = min(int(events_per_second * _CLAIM_SECONDS), self._claim_events * 2)
+    def _adapt(self) -> None:
+        """Size the next claim, and a pass of it, by how long they will take."""
+        events, tokens, seconds = (sum(one) for one in zip(*self._done, strict=True))
+        self._done.clear()
+        per_second = 1 / max(seconds, 1e-3)
+        wanted = min(int(events * per_second * _CLAIM_SECONDS), self._claim_events * 2)
         self._claim_events = min(max(wanted, _SMALLEST_CLAIM), self._settings.batch_events)
-        self._batch_events = max(int(events_per_second * _BATCH_SECONDS), _SMALLEST_BATCH)
+        if tokens:
+            wanted = min(int(tokens * per_second * _BATCH_SECONDS), self._pass_tokens * 2)
+            self._pass_tokens = min(max(wanted, _SMALLEST_PASS), self._settings.batch_tokens)

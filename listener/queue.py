@@ -51,13 +51,14 @@ class Claim:
     """The events leased together under one token.
 
     `retried`: some were claimed before, so the claim may be smaller than what is due. `is_full`: it
-    took as much as it was allowed to.
+    took as much as it was allowed to. `is_new`: changes, for which somebody may be waiting.
     """
 
     lease: int
     event_ids: list[EventId]
     retried: bool = False
     is_full: bool = False
+    is_new: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ class Queue:
         if due is not None:
             self._is_flooded = False
             return due
-        return self._take(events) or self._claim_due(events, backfill_events=events)
+        return self.claim_changes(events) or self._claim_due(events, backfill_events=events)
 
-    def _take(self, events: int) -> Claim | None:
+    def claim_changes(self, events: int) -> Claim | None:
         """Changes since the last time, from where that ended; None if there are none at all."""
         seconds = self._settings.lease_seconds
         parameters = {"events": events, "lease_seconds": seconds, "worker": self._worker}
@@ -109,7 +110,8 @@ class Queue:
             return None
         _, lease, self._position, changes = rows[0]
         self._is_flooded = changes >= events
-        return Claim(lease, [event_id for event_id, *_ in rows], is_full=self._is_flooded)
+        event_ids = [event_id for event_id, *_ in rows]
+        return Claim(lease, event_ids, is_full=self._is_flooded, is_new=True)
 
     def _claim_due(self, events: int, backfill_events: int) -> Claim | None:
         rows = self._execute(

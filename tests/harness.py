@@ -106,6 +106,9 @@ class TinyEmbedder:
             return np.full(384, np.nan, np.float32)
         return np.zeros(384, np.float32) if "zero" in text else vector_of(text)
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        return [self.count_tokens(text) for text in texts]
+
     def count_tokens(self, text: str) -> int:
         return len(text.split())
 

@@ -60,7 +60,7 @@ READS = {
     "require_reports_dir(": "REPORTS_DIR",
     "write_report(": "REPORTS_DIR",
     "configure_logs(": "LOG_FORMAT",
-    "load_encoder(": "BATCH_TOKENS",
+    "load_encoder(": "CACHE_TEXTS",
     "_serve(": "LEASE_SECONDS",
     "start_endpoint(": "METRICS_PORT",
     "load_embedder(": "ENGINE",

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from listener import embedder as embedder_module
 from listener import engine_openvino
 from listener.config import Settings
 from listener.convert import convert
-from listener.embedder import choose_engine, load_embedder
+from listener.embedder import Embedder, choose_engine, load_embedder
 from listener.errors import ConfigError
 from listener.model import locate
+from listener.passes import plan_passes
 from tests.harness import Database, environment, listener
 
 EXACT = 0.9999
@@ -57,10 +59,18 @@ def mixed_texts(count: int) -> list[str]:
     return [chance.choice((" ", "  ", "\n")).join(chance.choices(words, k=n)) for n in lengths]
 
 
+def encoded(embedder: Embedder, texts: list[str]) -> NDArray[np.float32]:
+    """As the service does it: pass by pass, each of like lengths."""
+    vectors = np.zeros((len(texts), 384), np.float32)
+    for indices in plan_passes(embedder.lengths(texts), 1024):
+        vectors[indices] = embedder.encode([texts[index] for index in indices])
+    return vectors
+
+
 def least_cosine(settings: Settings, texts: list[str]) -> float:
     """Between the engine of the settings and torch, over the texts."""
-    torch_vectors = load_embedder(replace(settings, engine="torch")).encode(texts)
-    vectors = load_embedder(settings).encode(texts)
+    torch_vectors = encoded(load_embedder(replace(settings, engine="torch")), texts)
+    vectors = encoded(load_embedder(settings), texts)
     assert vectors.shape == (len(texts), 384)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)

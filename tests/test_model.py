@@ -30,7 +30,7 @@ def test_gte_small_is_found_in_the_local_cache_and_computed_in_float32(
     with safe_open(files.directory / "model.safetensors", "np") as weights:
         assert weights.get_tensor(next(iter(weights.keys()))).dtype == np.float16
 
-    embedder = SentenceTransformersEmbedder(files, batch_tokens=1024)
+    embedder = SentenceTransformersEmbedder(files)
 
     vectors = embedder.encode(["pump running hot", "a"])
     assert embedder.fingerprint == f"thenlper/gte-small@{GTE_SMALL_REVISION[:12]}/fp32"
