@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from listener.config import DIMENSION
-from listener.counters import counters
 from listener.errors import EmbeddingError, ModelFault
 from listener.passes import plan_passes
 
@@ -115,7 +114,6 @@ class Encoder:
         if any(isinstance(known[text], EmbeddingError) for text in missing):
             self._require_working_model()
         self._remember(known)
-        counters.texts_truncated += sum(map(self._is_truncated, missing))
         return Encoded([known[text] for text in texts], len(missing), len(texts) - len(missing))
 
     def _encode_missing(self, texts: list[str]) -> list[Vector | EmbeddingError]:
@@ -135,13 +133,6 @@ class Encoder:
                 f"not {DIMENSION} numbers each"
             )
         return _checked(vectors)
-
-    def _is_truncated(self, text: str) -> bool:
-        limit = self._embedder.max_tokens
-        # A token takes a byte at least, so only a long text is worth counting; two are special.
-        if limit is None or len(text.encode()) + 2 <= limit:
-            return False
-        return self._embedder.count_tokens(text) > limit
 
     def _require_working_model(self) -> None:
         """Some texts failed. If a known good one fails too, it is not the texts."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from listener.config import DIMENSION, Settings
+from listener.counters import counters
 from listener.errors import ConfigError
 from listener.model import ModelFiles
 
@@ -123,12 +124,14 @@ class OpenVinoEmbedder:
         """Shape (len(texts), 384), rows of unit length, in the order of the texts."""
         if not texts:
             return np.zeros((0, DIMENSION), np.float32)
-        ids = [one.ids for one in self._tokenizer.encode_batch_fast(list(texts))]
+        found = self._tokenizer.encode_batch_fast(list(texts))
+        ids = [one.ids for one in found]
         lengths = np.array([len(one) for one in ids])
         mask = np.arange(lengths.max()) < lengths[:, np.newaxis]
         padded = np.full(mask.shape, self._pad_id, np.int64)
         padded[mask] = np.concatenate([np.array(one, np.int64) for one in ids])
         vectors: NDArray[np.float32] = self._request.infer([padded, mask.astype(np.int64)])[0]
+        counters.texts_truncated += sum(bool(one.overflowing) for one in found)
         return vectors
 
     def lengths(self, texts: Sequence[str]) -> list[int]:

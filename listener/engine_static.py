@@ -9,11 +9,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from listener.counters import counters
 from listener.model import ModelFiles, cannot_be_loaded, require_dimension
 
 _TABLE = "embedding.weight"
 # Lengths are told in steps of so many characters, each four a token.
 _ROUGHLY = 256
+# Texts summed at a time: the rows of the table for more would leave the processor's cache.
+_SOME = 48
 
 
 def fits(files: ModelFiles) -> bool:
@@ -58,7 +61,10 @@ class StaticEmbedder:
             return np.zeros((0, self._table.shape[1]), np.float32)
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         ids = [np.array(one.ids, np.int64) for one in found]
-        sums = self._sums(ids)
+        sums = np.concatenate(
+            [self._sums(ids[start : start + _SOME]) for start in range(0, len(ids), _SOME)]
+        )
+        counters.texts_truncated += sum(bool(one.overflowing) for one in found)
         norms = np.linalg.norm(sums, axis=1, keepdims=True)
         unit: NDArray[np.float32] = sums / np.maximum(norms, np.float32(1e-12))
         return unit

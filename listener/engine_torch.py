@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as transformers_logging
 
+from listener.counters import counters
 from listener.errors import ConfigError
 from listener.model import ModelFiles, cannot_be_loaded, require_dimension
 
@@ -62,7 +63,14 @@ class SentenceTransformersEmbedder:
             convert_to_numpy=True,
             show_progress_bar=False,
         )
+        counters.texts_truncated += sum(map(self._is_cut, texts))
         return vectors
+
+    def _is_cut(self, text: str) -> bool:
+        # A token takes a byte at least, so only a long text is worth counting; two are special.
+        if self.max_tokens is None or len(text.encode()) + 2 <= self.max_tokens:
+            return False
+        return self.count_tokens(text) > self.max_tokens
 
     def transformer(self) -> Any:
         """The bare transformer, without pooling."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from listener import install, queries
 from listener.catalogue import read_facts
 from listener.config import Settings
+from listener.counters import counters
 from listener.database import Connection, connect, register_vector
 from listener.encoding import Encoder
 from listener.service import Service
@@ -99,6 +100,7 @@ class TinyEmbedder:
         if self.is_broken or any("raise" in text for text in texts):
             raise RuntimeError("this text can't be encoded")
         self.encoded.extend(texts)
+        counters.texts_truncated += sum(self.count_tokens(text) > 512 for text in texts)
         return np.stack([self._vector(text) for text in texts])
 
     def _vector(self, text: str) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ from listener import embedder as embedder_module
 from listener import engine_openvino
 from listener.config import Settings
 from listener.convert import convert
+from listener.counters import counters
 from listener.embedder import Embedder, choose_engine, load_embedder
 from listener.errors import ConfigError
 from listener.model import locate
@@ -144,6 +145,28 @@ def test_both_engines_count_a_texts_tokens_alike(converted: Settings) -> None:
     assert [fast.count_tokens(t) for t in texts] == [torch_engine.count_tokens(t) for t in texts]
     assert fast.max_tokens == torch_engine.max_tokens == 256
     assert fast.encode([texts[-1]]).shape == (1, 384)
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino", "static"])
+def test_each_engine_counts_the_texts_that_it_cuts(
+    converted: Settings, static_model: Path, engine: str
+) -> None:
+    """Long in bytes is not long in tokens; asking for a length counts nothing."""
+    if engine == "static":
+        settings = Settings(embedding_model=str(static_model))
+    else:
+        settings = replace(converted, engine=engine)
+    embedder = load_embedder(settings)
+    limit = embedder.max_tokens or 0
+    texts = ["antidisestablishmentarianism " * 12, "pump " * (limit - 2), "pump " * (limit + 1)]
+    before = counters.texts_truncated
+
+    embedder.lengths(texts)
+    for text in texts:
+        embedder.encode([text])
+    embedder.encode(texts)
+
+    assert (embedder.engine, counters.texts_truncated - before) == (engine, 2)
 
 
 def test_the_fingerprint_names_the_precision_and_no_engine(converted: Settings) -> None:
