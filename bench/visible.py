@@ -18,7 +18,7 @@ order by random()
 limit 1
 """
 _IS_EMBEDDED = "select exists (select from public.event_embeddings where event_id = %s)"
-_LOOK_SECONDS = 0.005
+_LOOK_SECONDS = 0.02
 
 
 def wait_until_all_visible(conn: Connection, process: LoggedProcess, patience: float) -> float:

@@ -92,10 +92,10 @@ class Pipeline:
         try:
             while True:
                 while claim := self._claim():
+                    self._start()
                     if claimed == 0:
                         on_first_claim(claim.is_full)
                     claimed += len(claim.event_ids)
-                    self._start()
                 self._start()
                 if not self._running:
                     return claimed
