@@ -142,7 +142,11 @@ def test_both_engines_count_a_texts_tokens_alike(converted: Settings) -> None:
     fast = load_embedder(replace(converted, engine="openvino"))
     texts = mixed_texts(20)
 
-    assert [fast.count_tokens(t) for t in texts] == [torch_engine.count_tokens(t) for t in texts]
+    counts = [fast.count_tokens(text) for text in texts]
+    assert counts == [torch_engine.count_tokens(text) for text in texts]
+    assert max(counts) > 256
+    assert fast.lengths(texts) == [min(count, 256) for count in counts]
+    assert torch_engine.lengths(texts) == fast.lengths(texts)
     assert fast.max_tokens == torch_engine.max_tokens == 256
     assert fast.encode([texts[-1]]).shape == (1, 384)
 
