@@ -374,6 +374,10 @@ LINTS = {
 def test_supabases_linter_finds_nothing(project: Database, name: str) -> None:
     """And the question does find the fault, where there is one."""
     statement, fault = LINTS[name]
+    if "citext" in fault and not project.rows(
+        "select name from pg_available_extensions where name = 'citext'"
+    ):
+        pytest.skip("this server brings no extension that could be in public")
     project.rows(_OURS)
 
     assert project.rows(statement) == []
