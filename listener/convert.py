@@ -26,7 +26,7 @@ from listener.passes import plan_passes
 _CONVERTIBLE = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
 # Kept with the model; at each start they are encoded again.
 _KNOWN_TEXTS = ("pump 7 reports a temperature of 71 degrees", "door left open")
-_PASS_TOKENS = 1024
+_MOST_TOKENS = 1024
 _WORDS = (
     "pump VALVE leaking °C 71.5 door-left open Überdruck 温度 🚰 ok offline; temperature's rising"
 )
@@ -194,7 +194,7 @@ def _least_cosine(
     converted = OpenVinoEmbedder(files, directory)
     passes = [
         [texts[index] for index in indices]
-        for indices in plan_passes(original.lengths(texts), _PASS_TOKENS)
+        for indices in plan_passes(original.lengths(texts), _MOST_TOKENS)
     ]
     together = [
         cosine for one in passes for cosine in (original.encode(one) * converted.encode(one)).sum(1)

@@ -79,7 +79,7 @@ class Encoder:
         passes = [
             Pass(
                 [index for one in together for index in by_text[unknown[one]]],
-                max(lengths[one] for one in together) * len(together),
+                lengths[together[0]] * len(together),
             )
             for together in plan_passes(lengths, most_tokens)
         ]

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -140,14 +139,10 @@ class OpenVinoEmbedder:
 
     def count_tokens(self, text: str) -> int:
         """How many tokens the whole text has, special ones included."""
-        return len(self._uncut.encode(text).ids)
-
-    @cached_property
-    def _uncut(self) -> Tokenizer:
-        # Another thread may ask the first for lengths: it must not change.
+        # Another thread may ask the one that cuts for lengths: it must not change.
         uncut = Tokenizer.from_str(self._tokenizer.to_str())
         uncut.no_truncation()
-        return uncut
+        return len(uncut.encode(text).ids)
 
 
 def _compile(core: Any, directory: Path, precision: str) -> Any:
