@@ -152,7 +152,8 @@ def test_a_long_report_ends_with_ctrl_c(static: Database, spawn: Callable[..., C
         "where application_name = 'listener-report' and state = 'active'"
     )
     report = spawn(static.settings, "report")
-    wait_until(lambda: static.value(running))
+    # Not a statement before it: what is cancelled between two of them is cancelled in vain.
+    wait_until(lambda: static.value(f"{running} and wait_event = 'PgSleep'"))
 
     code = report.end(signal.SIGINT)
 
