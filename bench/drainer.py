@@ -1,4 +1,4 @@
-"""A worker without a model: claims, reads and writes one fixed vector, and times its claims."""
+"""A worker without a model: claims, reads and writes one fixed vector, beats; times its claims."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ import numpy as np
 from bench.big_table import unit_vectors
 from listener import queries
 from listener.config import Settings
-from listener.database import connect
+from listener.database import Connection, connect
 from listener.queue import Queue
+from listener.worker import beat
 
 # What the service takes by default.
 CLAIM_EVENTS = 256
 _MODEL = "bench/none"
 _IDLE_SECONDS = 0.02
+# As the service beats.
+_BEAT_SECONDS = 1.2
 
 
 @dataclass
@@ -38,8 +41,10 @@ class Claims:
 class Drainer:
     """On one connection with the settings of the service's own."""
 
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
+    def __init__(self, conn: Connection, settings: Settings) -> None:
+        self._conn = conn
+        self._queue = Queue(conn, settings, None)
+        self._next_beat = time.monotonic()
         self._vector = unit_vectors(1)[0]
 
     def drain_for(self, seconds: float) -> Claims:
@@ -60,6 +65,9 @@ class Drainer:
         return claims
 
     def _step(self, claims: Claims) -> int:
+        if time.monotonic() >= self._next_beat:
+            self._next_beat = time.monotonic() + _BEAT_SECONDS
+            beat(self._conn, None)
         began = time.perf_counter()
         claim = self._queue.claim(CLAIM_EVENTS)
         claims.milliseconds.append((time.perf_counter() - began) * 1000)
@@ -77,4 +85,4 @@ def running_drainer(url: str) -> Iterator[Drainer]:
     settings = Settings(database_url=url)
     with connect(settings, "bench-work", as_service=True) as conn:
         conn.execute(queries.SERVICE_SESSION)
-        yield Drainer(Queue(conn, settings, None))
+        yield Drainer(conn, settings)

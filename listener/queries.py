@@ -62,7 +62,8 @@ FORGET_WORKER = "delete from listener.worker where worker = %(worker)s"
 # its end: at the front an innocent one would be in hand at every death that follows.
 #
 # Also asks for events that are due again after a failure, an ended lease, or because a writer held
-# them. New ones are not looked for: their writers wake us.
+# them. New ones are not looked for: their writers wake us. And for dead rows, of which the server's
+# statistics tell: from so many on they are felt by every claim.
 BEAT = """
 with dead as materialized (
   select w.worker
@@ -103,8 +104,14 @@ select exists (select from released) or exists (
   where q.lane in (0, 1)
     and q.due_at <= now()
     and (q.attempts > 0 or q.due_at > q.queued_at)
-) as is_due
+) as is_due,
+greatest(
+  pg_catalog.pg_stat_get_dead_tuples('listener.queue'::pg_catalog.regclass),
+  pg_catalog.pg_stat_get_dead_tuples('listener.change'::pg_catalog.regclass)
+) > 4000 as has_many_dead
 """
+
+COMPACT = "select listener.compact()"
 
 # --- queue -------------------------------------------------------------------------------------
 

@@ -160,16 +160,15 @@ class _Session:
         self._queue.discard_parked()
         woken = True
         while not self._stop.is_set():
-            self._after_step()
             if woken:
                 self._drain()
+            self._after_step()
             seconds = self._wakeup.prepare_sleep()
             # The one more drain, without which a commit could fall between drain and sleep.
             if self._drain() or self._sweep_page():
                 woken = False
                 continue
             woken = self._sleep(seconds)
-            self._wakeup.open_gate()
 
     def run_once(self) -> None:
         while not self._stop.is_set() and (self._drain() or self._sweep_page()):

@@ -57,11 +57,16 @@ class Worker:
 
 
 def beat(conn: Connection, worker: int | None) -> bool:
-    """Release the events of workers whose session is gone, by any session of `worker`.
+    """Release the events of workers whose session is gone, and get rid of many dead rows.
 
-    Returns whether an event is due again, of which no NOTIFY tells. `worker` None releases none.
+    By any session of `worker`; None releases none. Returns whether an event is due again, of which
+    no NOTIFY tells.
     """
     with translated():
         parameters = {"lock_class": LOCK_CLASS, "worker": worker}
         row = conn.execute(queries.BEAT, parameters).fetchone()
-    return row is not None and bool(row[0])
+        assert row is not None  # noqa: S101  a select without a from gives a row
+        is_due, has_many_dead = row
+        if has_many_dead:
+            conn.execute(queries.COMPACT)
+    return bool(is_due)

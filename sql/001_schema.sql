@@ -14,6 +14,10 @@ create table if not exists listener.change (
   changed_at  timestamptz not null default now()
 );
 
+-- Else a publication for all tables would refuse every delete here. Only the log of such a database
+-- is longer for it.
+alter table listener.change replica identity full;
+
 -- One row per event that waits for its embedding; no row and no change, nothing to do.
 --   version   counts how often a change of the event was taken since it was queued, so that a vector
 --             of an older text can be told from a current one
@@ -60,6 +64,50 @@ alter table listener.queue set (
   autovacuum_vacuum_threshold = 1000,
   autovacuum_analyze_scale_factor = 0.1
 );
+
+-- What vacuum can't do for as long as anybody holds a snapshot: get rid of the dead rows, which every
+-- claim reads again. Empties both tables but for what lives there, if that is little, and only where
+-- nobody is in the midst of using them; a writer that comes meanwhile waits for milliseconds.
+create or replace function listener.compact()
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_most     constant integer := 2000;
+  v_queue    listener.queue[];
+  v_changes  listener.change[];
+begin
+  -- A snapshot from before the lock would not show what its last holder committed.
+  if pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
+    return;
+  end if;
+  begin
+    lock table listener.queue in access exclusive mode nowait;
+    v_queue := array(select q from listener.queue q limit v_most + 1);
+    if pg_catalog.cardinality(v_queue) <= v_most then
+      truncate listener.queue;
+      insert into listener.queue select * from pg_catalog.unnest(v_queue);
+    end if;
+  exception when lock_not_available then
+    null;
+  end;
+  -- Last, because this one keeps writers out.
+  begin
+    lock table listener.change in access exclusive mode nowait;
+    v_changes := array(select c from listener.change c limit v_most + 1);
+    if pg_catalog.cardinality(v_changes) <= v_most then
+      truncate listener.change;
+      insert into listener.change select * from pg_catalog.unnest(v_changes);
+    end if;
+  exception when lock_not_available then
+    null;
+  end;
+end
+$$;
+
+revoke all on function listener.compact() from public;
 
 create sequence if not exists listener.lease_token;
 create sequence if not exists listener.worker_token;

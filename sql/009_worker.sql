@@ -17,6 +17,7 @@ grant select, insert, update, delete on listener.queue to listener_worker;
 grant select on listener.waiting to listener_worker;
 grant select on listener.status, listener.live_worker to listener_worker;
 grant usage on sequence listener.lease_token to listener_worker;
+grant execute on function listener.compact() to listener_worker;
 
 grant select, insert, delete, update (seen_at) on listener.worker to listener_worker;
 grant usage on sequence listener.worker_token to listener_worker;

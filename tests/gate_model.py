@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 # Where a worker is outside its program: a follower's drain and nap, the way back to the gate after
-# a drain that found something or a timer, and the two stages of a death.
+# a last drain that found something, and the two stages of a death.
 FOLLOWS, NAPS, RETURNS = "follower's last drain", "nap", "open and return"
 DYING, DEAD = "dying", "dead"
 
@@ -28,7 +28,7 @@ class Protocol:
 
     writer: tuple[str, ...] = ("insert", "try", "show", "release", "deliver")
     worker: tuple[str, ...] = (
-        *("clear", "open", "drain"),
+        *("clear", "drain", "open"),
         *("lead", "listen", "lock", "last drain", "sleep"),
     )
     sleeps_without_the_gate: bool = False
@@ -153,6 +153,9 @@ def _statement(protocol: Protocol, state: State, ready: State, number: int, step
         return ready.with_worker(number, in_socket=False, in_driver=False)
     if step.startswith("open"):
         return _opened(ready, number)
+    if step == "drain" and not state.is_pending and ready.workers[number].at == "open":
+        # Only a claim opens the gate.
+        return state.with_worker(number, at=protocol.worker[protocol.worker.index("open") + 1])
     if step == "last drain" and state.is_pending:
         return state.with_worker(number, at=RETURNS)._replace(is_pending=False)
     if step in ("drain", "last drain", "drain before lock"):
@@ -173,7 +176,7 @@ def _statement(protocol: Protocol, state: State, ready: State, number: int, step
 def _sleep(protocol: Protocol, state: State, number: int, worker: Worker) -> Steps:
     if _is_called(protocol, worker):
         yield "wake", state.with_worker(number, at=protocol.worker[0])
-    yield ("timer" if worker.is_patient else "look again"), state.with_worker(number, at=RETURNS)
+    yield ("timer" if worker.is_patient else "look again"), state.with_worker(number, at="lead")
     if worker.in_socket:
         yield "ping", state.with_worker(number, in_socket=False, in_driver=True)
 
@@ -264,20 +267,20 @@ def _worker(steps: str) -> Protocol:
 # Each loses a wake-up.
 BROKEN = {
     "the gate is released after the last drain, before the sleep": _worker(
-        "clear, open, drain, lead, listen, lock, last drain, open early, sleep"
+        "clear, drain, open, lead, listen, lock, last drain, open early, sleep"
     ),
     "the last drain comes before the lock": _worker(
-        "clear, open, drain, lead, listen, drain before lock, lock, sleep"
+        "clear, drain, open, lead, listen, drain before lock, lock, sleep"
     ),
-    "no last drain": _worker("clear, open, drain, lead, listen, lock, sleep"),
-    "no last drain, and the gate is released after the drain": _worker(
-        "clear, drain, open, lead, listen, lock, sleep"
+    "no last drain": _worker("clear, drain, open, lead, listen, lock, sleep"),
+    "no last drain, and the gate is released before the drain": _worker(
+        "clear, open, drain, lead, listen, lock, sleep"
     ),
     "notifications are cleared after the last drain": _worker(
-        "open, drain, lead, listen, lock, last drain, clear, sleep"
+        "drain, open, lead, listen, lock, last drain, clear, sleep"
     ),
     "a new leader listens after its last drain": _worker(
-        "clear, open, drain, lead, lock, last drain, listen, sleep"
+        "clear, drain, open, lead, lock, last drain, listen, sleep"
     ),
     "the worker sleeps although it did not get the gate": Protocol(sleeps_without_the_gate=True),
     "the sleep hears only the socket, emptied by a ping": Protocol(hears_only_the_socket=True),
@@ -291,10 +294,10 @@ BROKEN = {
 
 # None of them does: the drain behind the closed gate makes up for it.
 HARMLESS = {
-    "the gate is opened after the drain": _worker(
-        "clear, drain, open, lead, listen, lock, last drain, sleep"
+    "the gate is opened before the drain": _worker(
+        "clear, open, drain, lead, listen, lock, last drain, sleep"
     ),
     "notifications are cleared after the first drain": _worker(
-        "open, drain, clear, lead, listen, lock, last drain, sleep"
+        "drain, open, clear, lead, listen, lock, last drain, sleep"
     ),
 }

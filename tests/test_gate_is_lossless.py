@@ -91,7 +91,7 @@ def test_a_broken_gate_is_caught(fault: str) -> None:
 
 @pytest.mark.parametrize("change", HARMLESS)
 def test_the_order_on_waking_is_not_what_keeps_wake_ups(change: str) -> None:
-    """The drain behind the closed gate makes up for it; opening first only spares NOTIFYs."""
+    """The drain behind the closed gate makes up for it; opening first would only cost time."""
     exploration = explore(HARMLESS[change], World())
 
     assert exploration.lost is None, exploration.trace()
@@ -146,8 +146,8 @@ class Stepper:
         self.finish()
 
     def rouse(self) -> None:
-        """Wake the sleeping service, and hold it before its first step."""
-        self._database.rows("notify listener")
+        """Wake the sleeping service by an event, and hold it before its first step."""
+        self.unclaimed.update(self._database.insert("rouse"))
         self._at = self._woken()
         self.trace.clear()
 

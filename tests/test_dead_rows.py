@@ -1,0 +1,165 @@
+"""What is done stays in the tables as dead rows while anybody holds a snapshot; it must go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from psycopg import IsolationLevel
+
+from listener import queries
+from listener.database import Connection
+from listener.queue import Queue
+from listener.worker import beat
+from tests.harness import Database, TinyEmbedder, serving, vector_of, wait_until
+
+_TABLES = ("listener.queue", "listener.change")
+# More than the beat lets pass.
+_MANY = 6_000
+
+
+@pytest.fixture
+def service(database: Database) -> Iterator[Connection]:
+    """A connection as the service opens it, which waits for no lock for long."""
+    with database.service_session() as conn:
+        conn.execute(queries.SERVICE_SESSION)
+        yield conn
+
+
+@contextmanager
+def held_snapshot(database: Database) -> Iterator[Connection]:
+    """A session that took a snapshot of the events and keeps it, as a long report does."""
+    with database.session() as conn:
+        conn.isolation_level = IsolationLevel.REPEATABLE_READ
+        conn.autocommit = False
+        conn.execute("select count(*) from public.iot_events")
+        yield conn
+        conn.rollback()
+
+
+def sizes(database: Database) -> list[int]:
+    """Bytes of queue and change, live and dead rows."""
+    return [database.value("select pg_relation_size(%s)", table) for table in _TABLES]
+
+
+def contents(database: Database) -> list[object]:
+    return [
+        database.rows("select q::text from listener.queue q order by event_id"),
+        database.rows("select c::text from listener.change c order by event_id"),
+    ]
+
+
+def compact(conn: Connection) -> None:
+    conn.execute(queries.COMPACT)
+
+
+def test_dead_rows_go_although_a_snapshot_is_held(database: Database) -> None:
+    """A worker that drained much gets rid of what it left, which vacuum can't."""
+    with held_snapshot(database), serving(database.with_settings(backfill_last_n=0)):
+        database.insert(*["a", "b"] * (_MANY // 2))
+        database.wait_for_rest()
+        assert len(database.embedded()) == _MANY
+
+        wait_until(lambda: sizes(database) == [0, 0])
+
+        database.insert("c")
+        database.wait_for_rest()
+    database.assert_invariant()
+
+
+def test_what_lives_is_kept_as_it_was(database: Database, service: Connection) -> None:
+    """A parked event, a change that waits, and a claim, which can still be written."""
+    queue = Queue(service, database.settings, None)
+    database.insert("done", "held")
+    database.rows("delete from public.iot_events where message = 'done'")
+    claim = queue.claim(10)
+    assert claim is not None
+    events = queue.read(claim)
+    database.park(*database.insert("parked"))
+    database.insert("waiting")
+    before, before_sizes = contents(database), sizes(database)
+
+    compact(service)
+
+    assert contents(database) == before
+    assert sizes(database) <= before_sizes
+    vectors = [vector_of(event.text) for event in events]
+    assert queue.write(claim.lease, events, vectors, TinyEmbedder.fingerprint)
+
+
+def test_a_writer_in_flight_is_neither_waited_for_nor_lost(
+    database: Database, service: Connection
+) -> None:
+    """Its row stays where it is; the queue, which it doesn't use, is emptied all the same."""
+    queue = Queue(service, database.settings, None)
+    database.insert("gone")
+    claim = queue.claim(10)
+    assert claim is not None
+    database.rows("delete from public.iot_events")
+    queue.read(claim)
+    with database.session() as writer, writer.transaction():
+        writer.execute(
+            "insert into public.iot_events (device_id, event_type, severity, message) "
+            "values ('d', 't', 's', 'in flight')"
+        )
+
+        compact(service)
+
+        assert sizes(database)[0] == 0
+        assert sizes(database)[1] > 0
+    assert [row[1] for row in database.queue()] == [0]
+
+
+def test_a_long_queue_is_left_alone(database: Database, service: Connection) -> None:
+    """To move thousands of rows would keep the writers out for long."""
+    database.insert(*["a"] * 3_000)
+    before = contents(database)
+
+    compact(service)
+
+    assert contents(database) == before
+
+
+def test_a_change_that_an_older_snapshot_does_not_show_is_kept(
+    database: Database, service: Connection
+) -> None:
+    """Under a stricter default than ours the function would not see what it empties."""
+    service.autocommit = False
+    service.isolation_level = IsolationLevel.REPEATABLE_READ
+    service.execute("select 1")
+    service.execute("select count(*) from listener.change")
+    database.insert("later")
+
+    compact(service)
+    service.commit()
+
+    assert [row[1] for row in database.queue()] == [0]
+
+
+def test_few_dead_rows_are_left_to_vacuum(database: Database, service: Connection) -> None:
+    """To empty the tables locks writers out for a moment, so it is not done for nothing."""
+    queue = Queue(service, database.settings, None)
+    database.insert("a")
+    claim = queue.claim(10)
+    assert claim is not None
+
+    beat(service, None)
+
+    assert sizes(database)[1] > 0
+
+
+def test_a_publication_for_all_tables_refuses_no_claim(
+    database: Database, service: Connection
+) -> None:
+    """Postgres refuses deletes of what it can't tell a subscriber how to find."""
+    database.rows("create publication everything for all tables")
+    database.insert("a")
+    queue = Queue(service, database.settings, None)
+
+    claim = queue.claim(10)
+
+    assert claim is not None
+    events = queue.read(claim)
+    vectors = [vector_of(event.text) for event in events]
+    assert queue.write(claim.lease, events, vectors, TinyEmbedder.fingerprint)
