@@ -82,10 +82,11 @@ class Pipeline:
         self._finished = 0.0
         self._written: deque[tuple[float, int]] = deque()
 
-    def drain(self, on_first_claim: Callable[[bool], None], on_batch: Callable[[], object]) -> int:
+    def drain(self, on_more: Callable[[bool], None], on_batch: Callable[[], object]) -> int:
         """Claim, encode and write until nothing more is due. Returns how many were claimed.
 
-        `on_first_claim` is told whether the first claim was full, `on_batch` called after each.
+        `on_more` is called when there is more than one claim that isn't full, and told whether it
+        was the first that is; `on_batch` is called after each batch.
         Raises ModelFault, with every claim given back, if the model can't run, and EncodeHung.
         """
         claimed, self._more = 0, True
@@ -93,8 +94,8 @@ class Pipeline:
             while True:
                 while claim := self._claim():
                     self._start()
-                    if claimed == 0:
-                        on_first_claim(claim.is_full)
+                    if claimed > 0 or claim.is_full:
+                        on_more(claimed == 0)
                     claimed += len(claim.event_ids)
                 self._start()
                 if not self._running:

@@ -175,12 +175,12 @@ class _Session:
             pass
 
     def _drain(self) -> int:
-        return self._pipeline.drain(self._wake_up, self._after_step)
+        return self._pipeline.drain(self._stay_awake, self._after_step)
 
-    def _wake_up(self, is_full: bool) -> None:
-        """There is something to do: let writers pass without NOTIFY, and call for help if much."""
+    def _stay_awake(self, is_much: bool) -> None:
+        """There is more to do: let writers pass without NOTIFY, and call for help if it is much."""
         self._wakeup.open_gate()
-        if is_full:
+        if is_much:
             self._wakeup.call_help(self._work)
 
     def _sleep(self, seconds: float) -> bool:

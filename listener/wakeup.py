@@ -3,8 +3,9 @@
 Of all workers one leads: it holds LEADER_KEY and alone listens to the writers, so that one insert
 wakes one worker. Before it sleeps it takes GATE_KEY, which succeeds only when no writer that
 trusted the gate is in flight; then one more drain, then sleep, with nothing opened or cleared in
-between. On waking it drains, and the first claim opens the gate. The others look at the queue every
-second, take over when the leader's session ends, and are called when a claim was full.
+between. On waking it drains; where there is more than one small claim, it opens the gate. The
+others look at the queue every second, take over when the leader's session ends, and are called when
+the first claim was full.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Wakeup:
         return seconds
 
     def open_gate(self) -> None:
-        """Let writers commit without NOTIFY, as soon as the worker has something to do."""
+        """Let writers commit without NOTIFY, while the worker has more to do."""
         if self._gate_closed and self._mode == "gated":
             with translated():
                 self._conn.execute(queries.UNLOCK, {"key": GATE_KEY})

@@ -141,10 +141,15 @@ def _work(protocol: Protocol, state: State, number: int, worker: Worker) -> Step
         yield FOLLOWS, state.with_worker(number, at=claimed)._replace(is_pending=False)
     elif worker.at == RETURNS:
         yield RETURNS, _opened(state, number).with_worker(number, at="lead")
+        yield "return", state.with_worker(number, at="lead")
     else:
         place = protocol.worker.index(worker.at)
         ready = state.with_worker(number, at=protocol.worker[place + 1])
         yield worker.at, _statement(protocol, state, ready, number, worker.at)
+        if worker.at == "drain" and ready.workers[number].at == "open":
+            # Only where there is more than one small claim the gate is opened.
+            closed = state.with_worker(number, at=protocol.worker[place + 2])
+            yield "drain little", closed._replace(is_pending=False)
 
 
 def _statement(protocol: Protocol, state: State, ready: State, number: int, step: str) -> State:
@@ -153,9 +158,6 @@ def _statement(protocol: Protocol, state: State, ready: State, number: int, step
         return ready.with_worker(number, in_socket=False, in_driver=False)
     if step.startswith("open"):
         return _opened(ready, number)
-    if step == "drain" and not state.is_pending and ready.workers[number].at == "open":
-        # Only a claim opens the gate.
-        return state.with_worker(number, at=protocol.worker[protocol.worker.index("open") + 1])
     if step == "last drain" and state.is_pending:
         return state.with_worker(number, at=RETURNS)._replace(is_pending=False)
     if step in ("drain", "last drain", "drain before lock"):
