@@ -85,8 +85,8 @@ class Pipeline:
     def drain(self, on_more: Callable[[bool], None], on_batch: Callable[[], object]) -> int:
         """Claim, encode and write until nothing more is due. Returns how many were claimed.
 
-        `on_more` is called when there is more than one claim that isn't full, and told whether it
-        was the first that is; `on_batch` is called after each batch.
+        `on_more` is called with True at a first claim that is full, with False at each later claim;
+        `on_batch` after each batch.
         Raises ModelFault, with every claim given back, if the model can't run, and EncodeHung.
         """
         claimed, self._more = 0, True

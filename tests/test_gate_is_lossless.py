@@ -212,9 +212,11 @@ def _interleavings(steps: dict[str, int]) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _stepped_service(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stepper]:
+def _stepped_service(
+    database: Database, monkeypatch: pytest.MonkeyPatch, batch_events: int = 1
+) -> Iterator[Stepper]:
     # With claims of one event each is full, and so opens the gate.
-    database = database.with_settings(backfill_last_n=0, batch_events=1)
+    database = database.with_settings(backfill_last_n=0, batch_events=batch_events)
     stepper = Stepper(database, monkeypatch)
     with serving(database):
         try:
@@ -257,6 +259,18 @@ def test_no_interleaving_of_the_real_statements_loses_a_wake_up(
 
         assert stepper.wakes > 10
         assert stepper.looks > 10
+
+
+@pytest.mark.parametrize(("batch_events", "opens"), [(2, False), (1, True)])
+def test_a_small_claim_leaves_the_gate_closed_and_a_full_one_opens_it(
+    database: Database, monkeypatch: pytest.MonkeyPatch, batch_events: int, opens: bool
+) -> None:
+    """An event alone is not kept waiting by a statement that would spare others a NOTIFY."""
+    with _stepped_service(database, monkeypatch, batch_events) as stepper:
+        stepper.rouse()
+        stepper.finish()
+
+        assert ("worker: open_gate" in stepper.trace) is opens
 
 
 def test_the_interleavings_catch_a_trigger_that_does_not_keep_its_lock(
