@@ -148,8 +148,8 @@ def _section(phases: list[Phase]) -> Section:
     return Section(
         "A held snapshot",
         f"{_RATE} single-row inserts a second, embedded at once with a vector that costs nothing. "
-        "In the middle another session holds a repeatable-read snapshot, so that no dead tuple "
-        "can be removed. Milliseconds of a claim, those that find nothing included; dead tuples of "
+        "In the middle another session holds a repeatable-read snapshot, so that vacuum can remove "
+        "no dead tuple. Milliseconds of a claim, those that find nothing included; dead tuples of "
         "all tables in schema listener, as the server's statistics have them.",
         ("snapshot", "s", "events", "p50", "p99", "target", "most dead tuples", "at its end"),
         tuple(rows),
