@@ -14,14 +14,12 @@ from listener import queries
 from listener.config import Settings
 from listener.database import Connection, connect
 from listener.queue import Queue
-from listener.worker import beat
+from listener.worker import BEAT_SECONDS, beat
 
 # What the service takes by default.
 CLAIM_EVENTS = 256
 _MODEL = "bench/none"
 _IDLE_SECONDS = 0.02
-# As the service beats.
-_BEAT_SECONDS = 1.2
 
 
 @dataclass
@@ -66,7 +64,7 @@ class Drainer:
 
     def _step(self, claims: Claims) -> int:
         if time.monotonic() >= self._next_beat:
-            self._next_beat = time.monotonic() + _BEAT_SECONDS
+            self._next_beat = time.monotonic() + BEAT_SECONDS
             beat(self._conn, None)
         began = time.perf_counter()
         claim = self._queue.claim(CLAIM_EVENTS)

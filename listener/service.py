@@ -23,12 +23,10 @@ from listener.queue import EventId, Queue
 from listener.status import read_backlog
 from listener.stop import Stop
 from listener.wakeup import Wakeup
-from listener.worker import Worker, beat
+from listener.worker import BEAT_SECONDS, Worker, beat
 
 # Within the time limit of a statement even where reading an event takes milliseconds.
 _SWEEP_PAGE = 500
-# Dead peers are looked for this often: more would be felt by an idle server.
-_BEAT_SECONDS = 1.2
 # The numbers that systemd shows are as old as this.
 _STATUS_SECONDS = 15.0
 
@@ -92,7 +90,7 @@ class Service:
         deadline = time.monotonic() + self._settings.poll_seconds
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
             health.progressed()
-            self._stop.wait(min(left, _BEAT_SECONDS))
+            self._stop.wait(min(left, BEAT_SECONDS))
 
 
 @contextmanager
@@ -199,7 +197,7 @@ class _Session:
         """Release what dead workers hold. Returns whether anything is due."""
         if time.monotonic() < self._next_beat:
             return False
-        self._next_beat = time.monotonic() + _BEAT_SECONDS
+        self._next_beat = time.monotonic() + BEAT_SECONDS
         if self._worker is not None:
             self._worker.be_seen()
         # In turn: a dead link would be as silent as a quiet day; asking finds out.

@@ -14,6 +14,8 @@ from listener.database import Connection, translated
 # The first half of each worker's lock key.
 LOCK_CLASS = 470_211
 _SEEN_SECONDS = 30.0
+# Dead peers are looked for this often: more would be felt by an idle server.
+BEAT_SECONDS = 1.2
 
 
 class Worker:

@@ -26,6 +26,7 @@ from listener.config import Settings
 from listener.counters import counters
 from listener.database import Connection, connect, register_vector
 from listener.encoding import Encoder
+from listener.queue import Claim, Event, EventId, Queue
 from listener.service import Service
 from listener.stop import Stop
 from listener.template import sql_text
@@ -113,6 +114,19 @@ class TinyEmbedder:
 
     def count_tokens(self, text: str) -> int:
         return len(text.split())
+
+
+def claimed(queue: Queue, events: int = 100) -> Claim:
+    """A claim of what is due, which must be something."""
+    claim = queue.claim(events)
+    assert claim is not None
+    return claim
+
+
+def store(queue: Queue, claim: Claim, events: Sequence[Event]) -> list[EventId]:
+    """Write what a claim holds as TinyEmbedder would encode it. Returns what was stored."""
+    vectors = [vector_of(event.text) for event in events]
+    return list(queue.write(claim.lease, events, vectors, TinyEmbedder.fingerprint))
 
 
 @dataclass

@@ -12,7 +12,7 @@ from listener import queries
 from listener.database import Connection
 from listener.queue import Queue
 from listener.worker import beat
-from tests.harness import Database, TinyEmbedder, serving, vector_of, wait_until
+from tests.harness import Database, claimed, serving, store, wait_until
 
 _TABLES = ("listener.queue", "listener.change")
 # More than the beat lets pass.
@@ -73,8 +73,7 @@ def test_what_lives_is_kept_as_it_was(database: Database, service: Connection) -
     queue = Queue(service, database.settings, None)
     database.insert("done", "held")
     database.rows("delete from public.iot_events where message = 'done'")
-    claim = queue.claim(10)
-    assert claim is not None
+    claim = claimed(queue)
     events = queue.read(claim)
     database.park(*database.insert("parked"))
     database.insert("waiting")
@@ -84,8 +83,7 @@ def test_what_lives_is_kept_as_it_was(database: Database, service: Connection) -
 
     assert contents(database) == before
     assert sizes(database) <= before_sizes
-    vectors = [vector_of(event.text) for event in events]
-    assert queue.write(claim.lease, events, vectors, TinyEmbedder.fingerprint)
+    assert store(queue, claim, events)
 
 
 def test_a_writer_in_flight_is_neither_waited_for_nor_lost(
@@ -94,8 +92,7 @@ def test_a_writer_in_flight_is_neither_waited_for_nor_lost(
     """Its row stays where it is; the queue, which it doesn't use, is emptied all the same."""
     queue = Queue(service, database.settings, None)
     database.insert("gone")
-    claim = queue.claim(10)
-    assert claim is not None
+    claim = claimed(queue)
     database.rows("delete from public.iot_events")
     queue.read(claim)
     with database.session() as writer, writer.transaction():
@@ -127,7 +124,6 @@ def test_a_change_that_an_older_snapshot_does_not_show_is_kept(
     """Under a stricter default than ours the function would not see what it empties."""
     service.autocommit = False
     service.isolation_level = IsolationLevel.REPEATABLE_READ
-    service.execute("select 1")
     service.execute("select count(*) from listener.change")
     database.insert("later")
 
@@ -141,8 +137,7 @@ def test_few_dead_rows_are_left_to_vacuum(database: Database, service: Connectio
     """To empty the tables locks writers out for a moment, so it is not done for nothing."""
     queue = Queue(service, database.settings, None)
     database.insert("a")
-    claim = queue.claim(10)
-    assert claim is not None
+    claimed(queue)
 
     beat(service, None)
 
@@ -157,9 +152,6 @@ def test_a_publication_for_all_tables_refuses_no_claim(
     database.insert("a")
     queue = Queue(service, database.settings, None)
 
-    claim = queue.claim(10)
+    claim = claimed(queue)
 
-    assert claim is not None
-    events = queue.read(claim)
-    vectors = [vector_of(event.text) for event in events]
-    assert queue.write(claim.lease, events, vectors, TinyEmbedder.fingerprint)
+    assert store(queue, claim, queue.read(claim))

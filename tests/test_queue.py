@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 
 from listener import queries
-from listener.queue import Claim, Event, Queue
-from tests.harness import Database, TinyEmbedder, serving, vector_of, wait_until
+from listener.queue import Event, Queue
+from tests.harness import (
+    Database,
+    TinyEmbedder,
+    claimed,
+    serving,
+    store,
+    vector_of,
+    wait_until,
+)
 
 MODEL = TinyEmbedder.fingerprint
 
@@ -19,19 +27,6 @@ def queue(database: Database) -> Iterator[Queue]:
     """The queue as a worker without registration sees it."""
     with database.service_session() as conn:
         yield Queue(conn, database.settings, None)
-
-
-def claimed(queue: Queue, events: int = 100) -> Claim:
-    claim = queue.claim(events)
-    assert claim is not None
-    return claim
-
-
-def store(queue: Queue, claim: Claim) -> list[object]:
-    """Write what a claim holds as if it had been encoded."""
-    events = queue.read(claim)
-    vectors = [vector_of(event.text) for event in events]
-    return list(queue.write(claim.lease, events, vectors, MODEL))
 
 
 def test_an_event_is_claimed_by_one_worker_only(database: Database, queue: Queue) -> None:
@@ -129,7 +124,8 @@ def test_an_event_deleted_and_inserted_again_with_its_id_is_embedded_anew(
 
     assert not queue.write(claim.lease, events, [vector_of(events[0].text)], MODEL)
 
-    store(queue, claimed(queue))
+    claim = claimed(queue)
+    store(queue, claim, queue.read(claim))
     database.assert_invariant()
 
 
@@ -142,7 +138,7 @@ def test_a_claim_pairs_the_version_with_the_text_it_read(database: Database, que
     (event,) = queue.read(claim)
 
     assert event.text.endswith("new")
-    assert store(queue, claim) == claim.event_ids
+    assert store(queue, claim, queue.read(claim)) == claim.event_ids
 
 
 def test_a_change_of_a_claimed_event_takes_the_claim_away(database: Database, queue: Queue) -> None:
@@ -284,7 +280,7 @@ def test_events_of_a_dead_worker_are_tried_in_small_groups_then_alone(
             # Its worker died: the lease stays, the events are due again.
             database.rows("update listener.queue set due_at = queued_at where lease is not null")
         else:
-            store(queue, claim)
+            store(queue, claim, queue.read(claim))
 
     assert sizes[:2] == [64, 16]
     assert set(sizes[2:]) <= {1}
@@ -315,7 +311,7 @@ def test_a_writer_holding_an_event_does_not_stall_its_batch_mates(
     with database.session() as writer, writer.transaction():
         writer.execute("delete from public.iot_events where id = %s", [held])
 
-        stored = store(queue, claim)
+        stored = store(queue, claim, queue.read(claim))
 
         assert stored == [free]
     database.rows("update listener.queue set due_at = now()")
@@ -353,7 +349,8 @@ def test_a_sweep_queues_what_is_missing_outdated_or_of_another_model_and_nothing
 ) -> None:
     """The anti-join finds what triggers missed; a second sweep writes nothing."""
     missing, other_text, other_model, _current = database.insert("a", "b", "c", "d")
-    store(queue, claimed(queue))
+    claim = claimed(queue)
+    store(queue, claim, queue.read(claim))
     database.rows("delete from public.event_embeddings where event_id = %s", missing)
     database.rows(
         "update public.event_embeddings set content_hash = '' where event_id = %s",

@@ -16,7 +16,7 @@ from listener import queries
 from listener.queue import Claim, Event, Queue, SweepPage
 from listener.service import _Session
 from listener.wakeup import Wakeup
-from tests.harness import Database, serving, vector_of, wait_until
+from tests.harness import Database, claimed, serving, store, wait_until
 from tests.state_machine import MODEL, plant
 from tests.test_state_machine import walk
 
@@ -92,13 +92,8 @@ def every_interleaving(database: Database) -> None:
 
 
 def take(queue: Queue) -> tuple[Claim, list[Event]]:
-    claim = queue.claim(10)
-    assert claim is not None
+    claim = claimed(queue, 10)
     return claim, queue.read(claim)
-
-
-def store(queue: Queue, claim: Claim, events: list[Event]) -> None:
-    queue.write(claim.lease, events, [vector_of(event.text) for event in events], MODEL)
 
 
 def sweep_and_drain(queue: Queue) -> None:
