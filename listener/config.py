@@ -83,7 +83,7 @@ class Settings:
     )
     notify: str = _setting(
         "gated",
-        "gated: writers NOTIFY only while the service sleeps; always; never: poll only.",
+        "gated: writers NOTIFY only while the service has little to do; always; never: poll only.",
         choices=("gated", "always", "never"),
     )
     metrics_port: int = _setting(

@@ -156,17 +156,12 @@ class _Session:
         log(logging.INFO, "listening", model=self._encoder.fingerprint)
         notify_systemd.ready()
         self._queue.discard_parked()
-        woken = True
         while not self._stop.is_set():
-            if woken:
-                self._drain()
             self._after_step()
             seconds = self._wakeup.prepare_sleep()
-            # The one more drain, without which a commit could fall between drain and sleep.
-            if self._drain() or self._sweep_page():
-                woken = False
-                continue
-            woken = self._sleep(seconds)
+            # Only now, or a commit could fall between drain and sleep.
+            if not self._drain() and not self._sweep_page():
+                self._sleep(seconds)
 
     def run_once(self) -> None:
         while not self._stop.is_set() and (self._drain() or self._sweep_page()):
@@ -181,17 +176,14 @@ class _Session:
         if is_much:
             self._wakeup.call_help(self._work)
 
-    def _sleep(self, seconds: float) -> bool:
-        """Sleep in beats. Returns whether there is reason to look at the queue."""
+    def _sleep(self, seconds: float) -> None:
+        """Sleep in beats, until there is reason to look at the queue or the time is up."""
         deadline = time.monotonic() + min(seconds, self._seconds_to_sweep())
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
             self._tell_progress()
             to_beat = max(self._next_beat - time.monotonic(), 0.0)
-            if self._wakeup.sleep(min(left, to_beat)):
-                return True
-            if self._beat():
-                return True
-        return False
+            if self._wakeup.sleep(min(left, to_beat)) or self._beat():
+                return
 
     def _beat(self) -> bool:
         """Release what dead workers hold. Returns whether anything is due."""

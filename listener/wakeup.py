@@ -2,10 +2,10 @@
 
 Of all workers one leads: it holds LEADER_KEY and alone listens to the writers, so that one insert
 wakes one worker. Before it sleeps it takes GATE_KEY, which succeeds only when no writer that
-trusted the gate is in flight; then one more drain, then sleep, with nothing opened or cleared in
-between. On waking it drains; where there is more than one small claim, it opens the gate. The
-others look at the queue every second, take over when the leader's session ends, and are called when
-the first claim was full.
+trusted the gate is in flight; then a drain, then sleep, with nothing opened or cleared in between.
+On waking it drains; where there is more than one small claim, it opens the gate. The others look at
+the queue every second, take over when the leader's session ends, and are called when the first
+claim was full.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Wakeup:
     def prepare_sleep(self) -> float:
         """Close the gate if that is possible now. Returns how long to sleep, in seconds.
 
-        The caller drains once more before it sleeps, whatever this returns.
+        The caller drains before it sleeps, whatever this returns.
         """
         if self._mode == "never" or self._gate_closed:
             return self._poll()

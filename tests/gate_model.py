@@ -27,10 +27,7 @@ class Protocol:
     """The order of the steps; by default that of the real code."""
 
     writer: tuple[str, ...] = ("insert", "try", "show", "release", "deliver")
-    worker: tuple[str, ...] = (
-        *("clear", "drain", "open"),
-        *("lead", "listen", "lock", "last drain", "sleep"),
-    )
+    worker: tuple[str, ...] = ("clear", "lead", "listen", "lock", "last drain", "sleep")
     sleeps_without_the_gate: bool = False
     hears_only_the_socket: bool = False
 
@@ -59,7 +56,7 @@ class Writer(NamedTuple):
 class Worker(NamedTuple):
     """A worker and its session."""
 
-    at: str = "drain"
+    at: str = "lead"
     # Got the gate when it last tried, and so means to sleep until a notification.
     is_patient: bool = False
     listens: bool = False
@@ -141,15 +138,12 @@ def _work(protocol: Protocol, state: State, number: int, worker: Worker) -> Step
         yield FOLLOWS, state.with_worker(number, at=claimed)._replace(is_pending=False)
     elif worker.at == RETURNS:
         yield RETURNS, _opened(state, number).with_worker(number, at="lead")
+        # Of a small claim.
         yield "return", state.with_worker(number, at="lead")
     else:
         place = protocol.worker.index(worker.at)
         ready = state.with_worker(number, at=protocol.worker[place + 1])
         yield worker.at, _statement(protocol, state, ready, number, worker.at)
-        if worker.at == "drain" and ready.workers[number].at == "open":
-            # Only where there is more than one small claim the gate is opened.
-            closed = state.with_worker(number, at=protocol.worker[place + 2])
-            yield "drain little", closed._replace(is_pending=False)
 
 
 def _statement(protocol: Protocol, state: State, ready: State, number: int, step: str) -> State:
@@ -208,7 +202,7 @@ def _end(state: State, number: int, worker: Worker) -> Steps:
     if worker.at == DYING and number not in (state.leader, state.gate):
         yield "be gone", state.with_worker(number, at=DEAD)
     if worker.at == DEAD:
-        yield "start again", state.with_worker(number, at="drain")
+        yield "start again", state.with_worker(number, at="lead")
 
 
 def is_lost(protocol: Protocol, state: State) -> bool:
@@ -269,20 +263,20 @@ def _worker(steps: str) -> Protocol:
 # Each loses a wake-up.
 BROKEN = {
     "the gate is released after the last drain, before the sleep": _worker(
-        "clear, drain, open, lead, listen, lock, last drain, open early, sleep"
+        "clear, lead, listen, lock, last drain, open early, sleep"
     ),
     "the last drain comes before the lock": _worker(
-        "clear, drain, open, lead, listen, drain before lock, lock, sleep"
+        "clear, lead, listen, drain before lock, lock, sleep"
     ),
-    "no last drain": _worker("clear, drain, open, lead, listen, lock, sleep"),
-    "no last drain, and the gate is released before the drain": _worker(
-        "clear, open, drain, lead, listen, lock, sleep"
+    "no last drain": _worker("clear, open, drain, lead, listen, lock, sleep"),
+    "no last drain, and the gate is released after the drain": _worker(
+        "clear, drain, open, lead, listen, lock, sleep"
     ),
     "notifications are cleared after the last drain": _worker(
-        "drain, open, lead, listen, lock, last drain, clear, sleep"
+        "lead, listen, lock, last drain, clear, sleep"
     ),
     "a new leader listens after its last drain": _worker(
-        "clear, drain, open, lead, lock, last drain, listen, sleep"
+        "clear, lead, lock, last drain, listen, sleep"
     ),
     "the worker sleeps although it did not get the gate": Protocol(sleeps_without_the_gate=True),
     "the sleep hears only the socket, emptied by a ping": Protocol(hears_only_the_socket=True),
@@ -296,10 +290,13 @@ BROKEN = {
 
 # None of them does: the drain behind the closed gate makes up for it.
 HARMLESS = {
-    "the gate is opened before the drain": _worker(
+    "the gate is opened, and there is a drain before it is closed again": _worker(
         "clear, open, drain, lead, listen, lock, last drain, sleep"
     ),
-    "notifications are cleared after the first drain": _worker(
-        "drain, open, clear, lead, listen, lock, last drain, sleep"
+    "the gate is opened after such a drain": _worker(
+        "clear, drain, open, lead, listen, lock, last drain, sleep"
+    ),
+    "notifications are cleared after such a drain": _worker(
+        "open, drain, clear, lead, listen, lock, last drain, sleep"
     ),
 }

@@ -91,7 +91,7 @@ def test_a_broken_gate_is_caught(fault: str) -> None:
 
 @pytest.mark.parametrize("change", HARMLESS)
 def test_the_order_on_waking_is_not_what_keeps_wake_ups(change: str) -> None:
-    """The drain behind the closed gate makes up for it; opening first would only cost time."""
+    """The drain behind the closed gate makes up for it; a drain before that only costs time."""
     exploration = explore(HARMLESS[change], World())
 
     assert exploration.lost is None, exploration.trace()
