@@ -1,4 +1,4 @@
-"""Fixtures: one ephemeral server a run, one installed database a test, models of every shape."""
+"""Fixtures: one ephemeral server a process, one installed database a test, models of every shape."""
 
 from __future__ import annotations
 
@@ -64,6 +64,14 @@ def _make_server(stack: ExitStack, programs: Path, *options: str) -> Server:
     stack.callback(_stop_if_running, made)
     made.start()
     return made
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that other accounts may read, as they may not pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="listener-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -25,7 +25,10 @@ needs_pgbouncer = pytest.mark.skipif(_PROGRAM is None, reason="no pgbouncer on t
 def pooled(
     server: Server, folder: Path, mode: str, *options: str, address: str = "127.0.0.1"
 ) -> Iterator[int]:
-    """PgBouncer in this pool mode, two connections to the server each database; gives its port."""
+    """PgBouncer in this pool mode, two connections to the server each database; gives its port.
+
+    Where the tests run as root, another account reads `folder`.
+    """
     port = free_port()
     ini, users = folder / "pgbouncer.ini", folder / "users.txt"
     users.write_text(f'"postgres" ""\n"{SERVICE_ROLE}" ""\n')
@@ -37,10 +40,7 @@ def pooled(
         *options,
     ]
     ini.write_text("\n".join(lines) + "\n")
-    # It refuses to run as root, and its account can't read a test's own folder.
-    folder.chmod(0o755)
-    for parent in folder.parents[:2]:
-        parent.chmod(0o755)
+    # It refuses to run as root.
     account = "nobody" if os.geteuid() == 0 else None
     with (folder / "pgbouncer.log").open("w") as log:
         process = subprocess.Popen(

@@ -15,9 +15,9 @@ pytestmark = needs_pgbouncer
 
 
 @pytest.fixture
-def behind_pooler(server: Server, database: Database, tmp_path: Path) -> Iterator[Database]:
+def behind_pooler(server: Server, database: Database, open_folder: Path) -> Iterator[Database]:
     """The database as a PgBouncer in transaction mode shows it."""
-    with pooled(server, tmp_path, "transaction") as port:
+    with pooled(server, open_folder, "transaction") as port:
         yield database.through(port).with_settings(poll_seconds=0.2)
 
 

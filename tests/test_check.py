@@ -116,10 +116,10 @@ def test_a_missing_model_fails(database: Database) -> None:
 @needs_pgbouncer
 @pytest.mark.parametrize(("mode", "passes"), [("transaction", False), ("session", True)])
 def test_a_transaction_pooler_fails_and_a_session_pooler_passes(
-    server: Server, static: Database, tmp_path: Path, mode: str, passes: bool
+    server: Server, static: Database, open_folder: Path, mode: str, passes: bool
 ) -> None:
     """By the NOTIFY that returns or doesn't; the ports are alike."""
-    with pooled(server, tmp_path, mode) as port:
+    with pooled(server, open_folder, mode) as port:
         found = findings(static.through(port))
 
     assert found["notify"].ok == passes
@@ -182,9 +182,7 @@ def own_address() -> str:
 
 
 @contextmanager
-def over_tls(
-    server: Server, database: Database, folder: Path, certificate: Path, key: Path
-) -> Iterator[str]:
+def over_tls(server: Server, database: Database, certificate: Path, key: Path) -> Iterator[str]:
     """The database over the network behind a PgBouncer that offers TLS; gives the URL."""
     address = own_address()
     options = (
@@ -192,16 +190,16 @@ def over_tls(
         f"client_tls_cert_file = {certificate}",
         f"client_tls_key_file = {key}",
     )
-    with pooled(server, folder, "session", *options, address=address) as port:
+    with pooled(server, certificate.parent, "session", *options, address=address) as port:
         yield f"postgresql://postgres@{address}:{port}/{database.conn.info.dbname}"
 
 
 @pytest.fixture
-def certificate(tmp_path: Path) -> tuple[Path, Path]:
+def certificate(open_folder: Path) -> tuple[Path, Path]:
     """A certificate that this machine made for its own address, and its key."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl on this machine")
-    made, key = tmp_path / "server.crt", tmp_path / "server.key"
+    made, key = open_folder / "server.crt", open_folder / "server.key"
     name = f"subjectAltName=IP:{own_address()}"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=test"]
     command += ["-addext", name, "-out", str(made), "-keyout", str(key)]
@@ -224,13 +222,12 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_way_over_the_network_that_may_be_in_the_clear_is_a_warning(
     server: Server,
     static: Database,
-    tmp_path: Path,
     certificate: tuple[Path, Path],
     mode: str,
     state: str,
 ) -> None:
     """The service works; exit 0. libpq's own variables count."""
-    with over_tls(server, static, tmp_path, *certificate) as url:
+    with over_tls(server, static, *certificate) as url:
         settings = replace(static.settings, database_url=url)
         root = str(certificate[0])
 
@@ -251,7 +248,7 @@ def test_a_server_that_the_root_certificate_does_not_vouch_for_is_not_talked_to(
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=other"]
     command += ["-out", str(other / "root.crt"), "-keyout", str(other / "root.key")]
     subprocess.run(command, check=True, capture_output=True)
-    with over_tls(server, static, tmp_path, *certificate) as url:
+    with over_tls(server, static, *certificate) as url:
         url += f"?sslmode=verify-full&sslrootcert={other / 'root.crt'}"
 
         finished = listener(replace(static.settings, database_url=url), "check", check=False)
