@@ -85,8 +85,8 @@ class Pipeline:
     def drain(self, on_more: Callable[[bool], None], on_batch: Callable[[], object]) -> int:
         """Claim, encode and write until nothing more is due. Returns how many were claimed.
 
-        `on_more` is called with True at a first claim that is full, with False at each later claim;
-        `on_batch` after each batch.
+        `on_more` is called at each claim, but for a first one of one event alone, and told whether
+        it is the first and full; `on_batch` after each batch.
         Raises ModelFault, with every claim given back, if the model can't run, and EncodeHung.
         """
         claimed, self._more = 0, True
@@ -94,8 +94,8 @@ class Pipeline:
             while True:
                 while claim := self._claim():
                     self._start()
-                    if claimed > 0 or claim.is_full:
-                        on_more(claimed == 0)
+                    if claimed > 0 or claim.is_full or len(claim.event_ids) > 1:
+                        on_more(claimed == 0 and claim.is_full)
                     claimed += len(claim.event_ids)
                 self._start()
                 if not self._running:

@@ -145,9 +145,9 @@ class Stepper:
         self._at = self._arrival()
         self.finish()
 
-    def rouse(self) -> None:
-        """Wake the sleeping service by an event, and hold it before its first step."""
-        self.unclaimed.update(self._database.insert("rouse"))
+    def rouse(self, *texts: str) -> None:
+        """Wake the sleeping service by events, and hold it before its first step."""
+        self.unclaimed.update(self._database.insert(*texts))
         self._at = self._woken()
         self.trace.clear()
 
@@ -236,7 +236,7 @@ def _play_all(database: Database, stepper: Stepper, worker_steps: int, writers: 
             # The writers are alike: one order of who begins is enough.
             if sorted(names, key=order.index) != names:
                 continue
-            stepper.rouse()
+            stepper.rouse("rouse")
             parties = {n: _transaction(conn, stepper, n) for n, conn in sessions.items()}
             for name in order:
                 if name == "worker":
@@ -261,13 +261,13 @@ def test_no_interleaving_of_the_real_statements_loses_a_wake_up(
         assert stepper.looks > 10
 
 
-@pytest.mark.parametrize(("batch_events", "opens"), [(2, False), (1, True)])
-def test_a_small_claim_leaves_the_gate_closed_and_a_full_one_opens_it(
-    database: Database, monkeypatch: pytest.MonkeyPatch, batch_events: int, opens: bool
+@pytest.mark.parametrize(("texts", "opens"), [(["a"], False), (["a", "b"], True)])
+def test_one_event_alone_leaves_the_gate_closed_and_two_open_it(
+    database: Database, monkeypatch: pytest.MonkeyPatch, texts: list[str], opens: bool
 ) -> None:
-    """An event alone is not kept waiting by a statement that would spare others a NOTIFY."""
-    with _stepped_service(database, monkeypatch, batch_events) as stepper:
-        stepper.rouse()
+    """It isn't kept waiting by a statement that would spare others a NOTIFY; a crowd is spared."""
+    with _stepped_service(database, monkeypatch, batch_events=64) as stepper:
+        stepper.rouse(*texts)
         stepper.finish()
 
         assert ("worker: open_gate" in stepper.trace) is opens
