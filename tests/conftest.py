@@ -1,4 +1,4 @@
-"""Fixtures: one ephemeral server a process, one installed database a test, models of every shape."""
+"""Fixtures: an ephemeral server a process, an installed database a test, models of every shape."""
 
 from __future__ import annotations
 

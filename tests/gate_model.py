@@ -138,7 +138,7 @@ def _work(protocol: Protocol, state: State, number: int, worker: Worker) -> Step
         yield FOLLOWS, state.with_worker(number, at=claimed)._replace(is_pending=False)
     elif worker.at == RETURNS:
         yield RETURNS, _opened(state, number).with_worker(number, at="lead")
-        # Of a small claim.
+        # Of an event alone.
         yield "return", state.with_worker(number, at="lead")
     else:
         place = protocol.worker.index(worker.at)

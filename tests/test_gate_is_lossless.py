@@ -215,7 +215,7 @@ def _interleavings(steps: dict[str, int]) -> Iterator[list[str]]:
 def _stepped_service(
     database: Database, monkeypatch: pytest.MonkeyPatch, batch_events: int = 1
 ) -> Iterator[Stepper]:
-    # With claims of one event each is full, and so opens the gate.
+    # With claims of one event at most, each is full, and so opens the gate.
     database = database.with_settings(backfill_last_n=0, batch_events=batch_events)
     stepper = Stepper(database, monkeypatch)
     with serving(database):
