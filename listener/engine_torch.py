@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
 from transformers.utils import logging as transformers_logging
 
+from listener.config import DIMENSION
 from listener.counters import counters
 from listener.errors import ConfigError
 from listener.model import ModelFiles, cannot_be_loaded, require_dimension
@@ -44,27 +46,30 @@ class SentenceTransformersEmbedder:
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise cannot_be_loaded(files, error) from error
+        self.model.eval()
         _require_float32(self.model, files)
-        require_dimension(files, self.model.encode(["a"], show_progress_bar=False).shape[1])
         self.fingerprint = files.fingerprint
         self.max_tokens: int | None = _max_tokens(self.model)
         # The model's own is set to pad and cut while it encodes.
         self._tokenizer = copy.deepcopy(self.model.tokenizer)
+        require_dimension(files, self.encode(["a"]).shape[1])
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Shape (len(texts), 384), rows of unit length, in the order of the texts."""
+        if not texts:
+            return np.zeros((0, DIMENSION), np.float32)
         # Waking sleeping helper threads takes longer than they save on one short text.
         alone = len(texts) == 1 and len(texts[0]) <= _SHORT_CHARACTERS
         torch.set_num_threads(1 if alone else self._threads)
-        vectors: NDArray[np.float32] = self.model.encode(
-            list(texts),
-            batch_size=max(len(texts), 1),
-            normalize_embeddings=True,
-            convert_to_numpy=True,
-            show_progress_bar=False,
-        )
+        # As the library's `encode`, without what that does around it: a text alone waits for it.
+        prompt = self.model.prompts.get(self.model.default_prompt_name or "")
+        features = self.model.preprocess(list(texts), prompt=prompt)
+        with torch.inference_mode():
+            found = self.model(batch_to_device(features, self.model.device))["sentence_embedding"]
+            vectors = torch.nn.functional.normalize(found, dim=1)
         counters.texts_truncated += sum(map(self._is_cut, texts))
-        return vectors
+        numbers: NDArray[np.float32] = vectors.cpu().numpy()
+        return numbers
 
     def _is_cut(self, text: str) -> bool:
         # A token takes a byte at least, so only a long text is worth counting; two are special.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,28 @@ def test_gte_small_is_found_in_the_local_cache_and_computed_in_float32(
     assert vectors.shape == (2, 384)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["", "passage: "])
+def test_torch_gives_the_vectors_of_the_library(minilm: Path, tmp_path: Path, prompt: str) -> None:
+    """Of its `encode`, and with the words that a model may want before each text."""
+    from sentence_transformers import SentenceTransformer
+
+    directory = tmp_path / "model"
+    shutil.copytree(minilm, directory)
+    config = directory / "config_sentence_transformers.json"
+    prompts = {"prompts": {"document": prompt}, "default_prompt_name": "document"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | prompts))
+    texts = ["pump running hot", "", "door left open " * 300, "🚰"]
+    library = SentenceTransformer(str(directory), device="cpu")
+
+    vectors = SentenceTransformersEmbedder(locate(Settings(embedding_model=str(directory)))).encode(
+        texts
+    )
+
+    np.testing.assert_allclose(vectors, library.encode(texts, normalize_embeddings=True), atol=1e-6)
+    plain = library.encode(texts, prompt="", normalize_embeddings=True)
+    assert np.allclose(vectors, plain, atol=1e-6) is not bool(prompt)
 
 
 def test_real_weights_put_like_meanings_together(minilm: Path) -> None:
