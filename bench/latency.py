@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from bench import systems
+from bench import peer_table, systems
 from bench.cluster import Cluster
 from bench.models import Model
 from bench.progress import BenchError, say
@@ -20,7 +21,9 @@ from bench.systems import OPENVINO, TORCH, System
 from bench.texts import random_texts
 from listener.config import Settings
 from listener.database import Connection, connect
-from listener.embedder import Embedder, load_embedder
+from listener.embedder import load_embedder
+
+Encode = Callable[[list[str]], object]
 
 # The service commits, then this arrives: it can only make the vector seem later than it was.
 ANNOUNCE_VISIBLE = """
@@ -57,11 +60,11 @@ _TARGETS = {OPENVINO: (12.0, 30.0)}
 
 @dataclass
 class Samples:
-    """Milliseconds of each text in each of the three measurements."""
+    """Milliseconds of each text: to be visible, in the library's call, in the engine's."""
 
     visible: list[float] = field(default_factory=list)
-    gapped: list[float] = field(default_factory=list)
-    tight: list[float] = field(default_factory=list)
+    bare: list[float] = field(default_factory=list)
+    engine: list[float] = field(default_factory=list)
 
 
 def run(cluster: Cluster, model: Model, inserts: int, engine: str = TORCH) -> Section:
@@ -73,9 +76,10 @@ def run(cluster: Cluster, model: Model, inserts: int, engine: str = TORCH) -> Se
 
 
 def measure(cluster: Cluster, system: System, model: Model, texts: Sequence[str]) -> Samples:
-    """Of any system; the bare encode is that of its engine, torch for all but ours."""
+    """Of any system; its engine is torch for all but ours."""
     say(f"latency: {system.name}")
-    embedder = load_embedder(system.settings(model.directory))
+    bare = partial(peer_table.encode, peer_table.load_model(str(model.directory)))
+    engine = load_embedder(system.settings(model.directory)).encode
     with cluster.database(f"latency_{system.slug}") as url:
         system.install(url)
         opened = Settings(database_url=url)
@@ -86,11 +90,11 @@ def measure(cluster: Cluster, system: System, model: Model, texts: Sequence[str]
         ):
             writer.execute(ANNOUNCE_VISIBLE)
             reader.execute("listen bench_visible")
-            return _measure(embedder, writer, reader, texts)
+            return _measure(bare, engine, writer, reader, texts)
 
 
 def _measure(
-    embedder: Embedder, writer: Connection, reader: Connection, texts: Sequence[str]
+    bare: Encode, engine: Encode, writer: Connection, reader: Connection, texts: Sequence[str]
 ) -> Samples:
     samples, chance = Samples(), random.Random(3)
     for start in range(0, len(texts), _BLOCK):
@@ -98,20 +102,20 @@ def _measure(
         say(f"latency: {start} of {len(texts)} inserts")
         block = texts[start : start + _BLOCK]
         gaps = [chance.uniform(*_GAP_SECONDS) for _ in block]
-        samples.tight += [_encode(embedder, text) for text in block]
-        for text, gap in zip(block, gaps, strict=True):
-            time.sleep(gap)
-            samples.gapped.append(_encode(embedder, text))
+        for encode, taken in ((bare, samples.bare), (engine, samples.engine)):
+            for text, gap in zip(block, gaps, strict=True):
+                time.sleep(gap)
+                taken.append(_seconds(encode, text) * 1000)
         for text, gap in zip(block, gaps, strict=True):
             time.sleep(gap)
             samples.visible.append(_insert_and_wait(writer, reader, text))
     return samples
 
 
-def _encode(embedder: Embedder, text: str) -> float:
+def _seconds(encode: Encode, text: str) -> float:
     began = time.perf_counter()
-    embedder.encode([text])
-    return (time.perf_counter() - began) * 1000
+    encode([text])
+    return time.perf_counter() - began
 
 
 def _insert_and_wait(writer: Connection, reader: Connection, text: str) -> float:
@@ -124,7 +128,7 @@ def _insert_and_wait(writer: Connection, reader: Connection, text: str) -> float
 
 
 def _section(model: Model, engine: str, samples: Samples) -> Section:
-    gapped, tight = float(np.median(samples.gapped)), float(np.median(samples.tight))
+    bare, alone = float(np.median(samples.bare)), float(np.median(samples.engine))
     return Section(
         f"Latency, model {model.name}, engine {engine}",
         f"{len(samples.visible)} single inserts of distinct texts of about 20 tokens at random "
@@ -132,16 +136,16 @@ def _section(model: Model, engine: str, samples: Samples) -> Section:
         f"system, the service a process of its own. Commit to visible runs "
         "from the return of the autocommit insert until another session is notified of the "
         "committed vector, which is never too short. The overhead is commit to visible minus the "
-        "**median** bare encode of one text. The bare encode has the same texts, in blocks of "
-        f"{_BLOCK} in turn with the inserts: once at the same gaps (a core that idled between two "
-        "texts encodes slower, and so does the service's), once in a tight loop.",
+        "**median** encode of one text, which has the same texts at the same gaps, in blocks of "
+        f"{_BLOCK} in turn with the inserts: bare, that is `SentenceTransformer.encode([text])` on "
+        "torch in a process that does nothing else, and in the same way the service's own engine.",
         ("milliseconds", "p50", "p99", "max"),
         (
             ("commit to visible", *_visible(samples, _TARGETS.get(engine, ()))),
-            ("bare encode, same gaps", *_milliseconds(samples.gapped)),
-            ("bare encode, tight loop", *_milliseconds(samples.tight)),
-            _overhead(f"**overhead** over bare at same gaps ({gapped:.2f})", samples, gapped),
-            _overhead(f"overhead over bare in a tight loop ({tight:.2f})", samples, tight),
+            ("bare `encode`", *_milliseconds(samples.bare)),
+            ("the engine's encode", *_milliseconds(samples.engine)),
+            _overhead(f"**overhead** over bare `encode` ({bare:.2f})", samples, bare),
+            _overhead(f"**overhead** over the engine's ({alone:.2f})", samples, alone),
         ),
         ("the first insert after the start of the service counts like any other",),
     )
