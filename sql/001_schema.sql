@@ -93,10 +93,7 @@ begin
   exception when lock_not_available then
     null;
   end;
-  -- Last, because this one keeps writers out; and not to find out what the server knows already.
-  if pg_catalog.pg_stat_get_live_tuples('listener.change'::pg_catalog.regclass) > v_most then
-    return;
-  end if;
+  -- Last, because this one keeps writers out.
   begin
     lock table listener.change in access exclusive mode nowait;
     v_changes := array(select c from listener.change c limit v_most + 1);

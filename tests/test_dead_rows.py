@@ -118,22 +118,6 @@ def test_a_long_queue_is_left_alone(database: Database, service: Connection) -> 
     assert contents(database) == before
 
 
-def test_where_many_changes_are_known_to_wait_no_writer_is_kept_out(
-    database: Database, service: Connection
-) -> None:
-    """By the server's statistics, without the lock."""
-    database.insert(*["a"] * 3_000)
-    database.rows("select pg_stat_force_next_flush()")
-    live = "select pg_stat_get_live_tuples('listener.change'::regclass)"
-    wait_until(lambda: database.value(live) > 2_000)
-    service.autocommit = False
-
-    compact(service)
-
-    locks = "select mode from pg_locks where relation = 'listener.change'::regclass"
-    assert ("AccessExclusiveLock",) not in database.rows(locks)
-
-
 def test_a_change_that_an_older_snapshot_does_not_show_is_kept(
     database: Database, service: Connection
 ) -> None:
