@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -58,28 +57,30 @@ _OVERHEAD_TARGETS = (3.0, 15.0, 100.0)
 _TARGETS = {OPENVINO: (12.0, 30.0)}
 
 
-@dataclass
-class Samples:
-    """Milliseconds of each text: to be visible, in the library's call, in the engine's."""
-
-    visible: list[float] = field(default_factory=list)
-    bare: list[float] = field(default_factory=list)
-    engine: list[float] = field(default_factory=list)
-
-
 def run(cluster: Cluster, model: Model, inserts: int, engine: str = TORCH) -> Section:
     """Single inserts at random gaps, in turn with bare encodes of the same texts."""
     system = systems.listener(engine)
     systems.prepare(system, model.directory)
     texts = random_texts(inserts, seed=2)
-    return _section(model, engine, measure(cluster, system, model, texts))
+    own = load_embedder(system.settings(model.directory)).encode
+    samples = measure(cluster, system, model, texts, [bare_encode(model), own])
+    return _section(model, engine, *samples)
 
 
-def measure(cluster: Cluster, system: System, model: Model, texts: Sequence[str]) -> Samples:
-    """Of any system; its engine is torch for all but ours."""
+def bare_encode(model: Model) -> Encode:
+    """The library's call, as a user writes it."""
+    return partial(peer_table.encode, peer_table.load_model(str(model.directory)))
+
+
+def measure(
+    cluster: Cluster,
+    system: System,
+    model: Model,
+    texts: Sequence[str],
+    encodes: Sequence[Encode],
+) -> list[list[float]]:
+    """Milliseconds of each text to be visible, then those of it in each of `encodes`."""
     say(f"latency: {system.name}")
-    bare = partial(peer_table.encode, peer_table.load_model(str(model.directory)))
-    engine = load_embedder(system.settings(model.directory)).encode
     with cluster.database(f"latency_{system.slug}") as url:
         system.install(url)
         opened = Settings(database_url=url)
@@ -90,32 +91,31 @@ def measure(cluster: Cluster, system: System, model: Model, texts: Sequence[str]
         ):
             writer.execute(ANNOUNCE_VISIBLE)
             reader.execute("listen bench_visible")
-            return _measure(bare, engine, writer, reader, texts)
+            timed = [partial(_insert_and_wait, writer, reader)]
+            timed += [partial(_time, encode) for encode in encodes]
+            return _measure(timed, texts)
 
 
-def _measure(
-    bare: Encode, engine: Encode, writer: Connection, reader: Connection, texts: Sequence[str]
-) -> Samples:
-    samples, chance = Samples(), random.Random(3)
+def _measure(timed: Sequence[Callable[[str], float]], texts: Sequence[str]) -> list[list[float]]:
+    """What each of `timed` says of each text, in blocks in turn, all at the same gaps."""
+    samples: list[list[float]] = [[] for _ in timed]
+    chance = random.Random(3)
     for start in range(0, len(texts), _BLOCK):
         wait_for_quiet()
         say(f"latency: {start} of {len(texts)} inserts")
         block = texts[start : start + _BLOCK]
         gaps = [chance.uniform(*_GAP_SECONDS) for _ in block]
-        for encode, taken in ((bare, samples.bare), (engine, samples.engine)):
+        for taken, time_it in zip(samples, timed, strict=True):
             for text, gap in zip(block, gaps, strict=True):
                 time.sleep(gap)
-                taken.append(_seconds(encode, text) * 1000)
-        for text, gap in zip(block, gaps, strict=True):
-            time.sleep(gap)
-            samples.visible.append(_insert_and_wait(writer, reader, text))
+                taken.append(time_it(text))
     return samples
 
 
-def _seconds(encode: Encode, text: str) -> float:
+def _time(encode: Encode, text: str) -> float:
     began = time.perf_counter()
     encode([text])
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) * 1000
 
 
 def _insert_and_wait(writer: Connection, reader: Connection, text: str) -> float:
@@ -127,11 +127,12 @@ def _insert_and_wait(writer: Connection, reader: Connection, text: str) -> float
     raise BenchError(f"event {row[0]} has no vector after {_PATIENCE_SECONDS:.0f} s")
 
 
-def _section(model: Model, engine: str, samples: Samples) -> Section:
-    bare, alone = float(np.median(samples.bare)), float(np.median(samples.engine))
+def _section(
+    model: Model, engine: str, visible: list[float], bare: list[float], own: list[float]
+) -> Section:
     return Section(
         f"Latency, model {model.name}, engine {engine}",
-        f"{len(samples.visible)} single inserts of distinct texts of about 20 tokens at random "
+        f"{len(visible)} single inserts of distinct texts of about 20 tokens at random "
         f"gaps of {_GAP_SECONDS[0] * 1000:.0f} to {_GAP_SECONDS[1] * 1000:.0f} ms on an idle "
         f"system, the service a process of its own. Commit to visible runs "
         "from the return of the autocommit insert until another session is notified of the "
@@ -141,30 +142,31 @@ def _section(model: Model, engine: str, samples: Samples) -> Section:
         "torch in a process that does nothing else, and in the same way the service's own engine.",
         ("milliseconds", "p50", "p99", "max"),
         (
-            ("commit to visible", *_visible(samples, _TARGETS.get(engine, ()))),
-            ("bare `encode`", *_milliseconds(samples.bare)),
-            ("the engine's encode", *_milliseconds(samples.engine)),
-            _overhead(f"**overhead** over bare `encode` ({bare:.2f})", samples, bare),
-            _overhead(f"**overhead** over the engine's ({alone:.2f})", samples, alone),
+            ("commit to visible", *_visible(visible, _TARGETS.get(engine, ()))),
+            ("bare `encode`", *_milliseconds(bare)),
+            ("the engine's encode", *_milliseconds(own)),
+            _overhead("bare `encode`", visible, bare),
+            _overhead("the engine's", visible, own),
         ),
         ("the first insert after the start of the service counts like any other",),
     )
 
 
-def _visible(samples: Samples, targets: Sequence[float]) -> list[str]:
-    cells = _milliseconds(samples.visible)
+def _visible(visible: Sequence[float], targets: Sequence[float]) -> list[str]:
+    cells = _milliseconds(visible)
     for place, target in enumerate(targets):
-        cells[place] += f" ({at_most(quantiles(samples.visible)[place], target)})"
+        cells[place] += f" ({at_most(quantiles(visible)[place], target)})"
     return cells
 
 
-def _overhead(name: str, samples: Samples, bare: float) -> tuple[str, ...]:
-    overheads = [value - bare for value in quantiles(samples.visible)]
+def _overhead(name: str, visible: Sequence[float], encode: Sequence[float]) -> tuple[str, ...]:
+    middle = float(np.median(encode))
+    overheads = [value - middle for value in quantiles(visible)]
     cells = (
         f"{value:.2f} ({at_most(value, target)})"
         for value, target in zip(overheads, _OVERHEAD_TARGETS, strict=True)
     )
-    return (name, *cells)
+    return (f"**overhead** over {name} ({middle:.2f})", *cells)
 
 
 def _milliseconds(values: Sequence[float]) -> list[str]:

@@ -7,7 +7,7 @@ from statistics import median
 
 from bench import systems
 from bench.cluster import Cluster
-from bench.latency import Samples, measure, quantiles
+from bench.latency import bare_encode, measure, quantiles
 from bench.models import Model
 from bench.report import at_most
 from bench.rows import Row
@@ -22,20 +22,21 @@ _TARGET_OVERHEAD = 3.0
 def rows(cluster: Cluster, model: Model, tested: Sequence[System], inserts: int) -> list[Row]:
     """p50 and p99, each beside that of a bare `encode` at the same gaps."""
     texts = random_texts(inserts, seed=7)
-    samples: dict[str, Samples] = {}
+    bare = bare_encode(model)
+    samples: dict[str, list[list[float]]] = {}
     for system in tested:
         systems.prepare(system, model.directory)
-        samples[system.name] = measure(cluster, system, model, texts)
+        samples[system.name] = measure(cluster, system, model, texts, [bare])
     return [_row(model, samples, place, name) for place, name in enumerate(("p50", "p99"))]
 
 
-def _row(model: Model, samples: dict[str, Samples], place: int, name: str) -> Row:
-    values = {system: quantiles(taken.visible)[place] for system, taken in samples.items()}
+def _row(model: Model, samples: dict[str, list[list[float]]], place: int, name: str) -> Row:
+    values = {system: quantiles(visible)[place] for system, (visible, _) in samples.items()}
     # Taken anew beside each system.
-    bare = [quantiles(taken.bare)[place] for taken in samples.values()]
+    bare = [quantiles(taken)[place] for _, taken in samples.values()]
     verdict = f"{_FAST}: {at_most(values[_FAST], _TARGETS[place])}" if _FAST in values else ""
     if name == "p50":
-        overhead = values[LISTENER] - median(samples[LISTENER].bare)
+        overhead = values[LISTENER] - median(samples[LISTENER][1])
         ours = f"overhead {overhead:.2f} {at_most(overhead, _TARGET_OVERHEAD)}"
         verdict = f"{ours}; {verdict}" if verdict else ours
     return Row(

@@ -157,17 +157,16 @@ def test_a_server_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
     assert "Traceback" not in finished.stderr
 
 
-def test_the_demo_shows_events_and_a_search_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_the_demo_shows_events_and_a_search_and_goes_on_where_it_was(
+    open_folder: Path, tmp_path: Path
+) -> None:
     """What `make run` does without a database."""
     import os
-    import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="listener-demo-") as home:
-        Path(home).chmod(0o755)
-        settings = Settings(database_url="", reports_dir=tmp_path)
-        first = listener(settings, "demo", "--events", "3", DEMO_DIR=home)
-        second = listener(settings, "demo", "--events", "21", DEMO_DIR=home)
-        assert not any(Path(home).glob("postgres/data/postmaster.pid"))
+    settings = Settings(database_url="", reports_dir=tmp_path)
+    first = listener(settings, "demo", "--events", "3", DEMO_DIR=str(open_folder))
+    second = listener(settings, "demo", "--events", "21", DEMO_DIR=str(open_folder))
+    assert not any(open_folder.glob("postgres/data/postmaster.pid"))
 
     assert "0 events so far, 0 embedded" in first.stdout
     assert len(re.findall(r"^ *[\d.]+ ms ", first.stdout, re.MULTILINE)) == 3

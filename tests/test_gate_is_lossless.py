@@ -261,12 +261,19 @@ def test_no_interleaving_of_the_real_statements_loses_a_wake_up(
         assert stepper.looks > 10
 
 
-@pytest.mark.parametrize(("texts", "opens"), [(["a"], False), (["a", "b"], True)])
-def test_one_event_alone_leaves_the_gate_closed_and_two_open_it(
-    database: Database, monkeypatch: pytest.MonkeyPatch, texts: list[str], opens: bool
+@pytest.mark.parametrize(
+    ("texts", "batch_events", "opens"),
+    [(["a"], 64, False), (["a", "b"], 64, True), (["a"], 1, True)],
+)
+def test_one_event_alone_leaves_the_gate_closed_and_two_or_a_full_claim_open_it(
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    texts: list[str],
+    batch_events: int,
+    opens: bool,
 ) -> None:
     """It isn't kept waiting by a statement that would spare others a NOTIFY; a crowd is spared."""
-    with _stepped_service(database, monkeypatch, batch_events=64) as stepper:
+    with _stepped_service(database, monkeypatch, batch_events) as stepper:
         stepper.rouse(*texts)
         stepper.finish()
 
