@@ -24,6 +24,14 @@ from tests.harness import (
 
 Spawn = Callable[..., Command]
 
+_SERVICE_SESSIONS = """
+select count(*) from pg_stat_activity
+where datname = current_database() and application_name like 'listener-w%'
+"""
+_READ_WHOLE = """
+select seq_tup_read from pg_stat_user_tables where relid = 'public.iot_events'::regclass
+"""
+
 
 def encoded_texts(output: str) -> int:
     """The sum of what the batches say they encoded."""
@@ -245,3 +253,21 @@ def test_events_given_back_by_a_stop_wake_a_sleeping_peer(database: Database) ->
             wait_until(lambda: len(database.embedded()) == 4, 10.0)
 
     assert len(database.embedded()) == 5
+
+
+def test_no_plan_from_when_the_table_was_empty_reads_it_whole_later(database: Database) -> None:
+    """The check of the foreign key too has its plan for as long as the session lives."""
+    database.rows("vacuum analyze public.iot_events")
+
+    with serving(database):
+        # One by one, so often that every statement has its generic plan.
+        for message in map(str, range(12)):
+            database.insert(message)
+            database.wait_for_rest()
+        database.insert(*["a", "b"] * 1_000)
+        database.wait_for_rest()
+
+    # A session tells what it read when it ends.
+    wait_until(lambda: not database.value(_SERVICE_SESSIONS))
+    assert database.value(_READ_WHOLE) < 100_000
+    assert len(database.embedded()) == 2_012
