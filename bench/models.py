@@ -64,18 +64,22 @@ def gte_shape(folder: Path) -> Path:
 
 
 def static(folder: Path) -> Path:
-    """A table of random vectors by token: next to no cost, so that the queue's cost shows."""
+    """A table of random vectors by word: next to no cost, so that the queue's cost shows."""
     import numpy as np
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import StaticEmbedding
     from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
 
     directory = folder / "static"
     if directory.exists():
         return directory
-    tokenizer = Tokenizer.from_file(str(minilm() / "tokenizer.json"))
-    tokenizer.no_padding()
-    weights = np.random.default_rng(1).standard_normal((tokenizer.get_vocab_size(), 384))
+    words = Tokenizer.from_file(str(minilm() / "tokenizer.json")).get_vocab()
+    # Cut at spaces: to find a BERT's word pieces costs as much as all the rest.
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))  # noqa: S106  a word
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    weights = np.random.default_rng(1).standard_normal((len(words), 384))
     module = StaticEmbedding(tokenizer, embedding_weights=weights.astype(np.float32))
     SentenceTransformer(modules=[module], device="cpu").save(str(directory))
     return directory

@@ -41,7 +41,7 @@ def section(rows: Sequence[Row], rounds: int) -> Section:
         "worker's commit waits for the disk. A drain runs from the return of one COPY, the worker "
         "idle, until all vectors are visible. Batched: by hand, up to "
         f"{MOST_TOGETHER} events that are there at the same time are encoded and stored together. "
-        "The model that costs nothing is a table of vectors by token; its drain is the median of "
+        "The model that costs nothing is a table of vectors by word; its drain is the median of "
         f"{rounds} rounds.",
         rows,
         [system.name for system in [*_ours(), *systems.peers()]],
