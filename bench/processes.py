@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -89,6 +90,10 @@ class LoggedProcess:
         ended = self.process.poll() is not None
         if ended or time.monotonic() > deadline:
             state = "ended" if ended else "took too long"
+            if not ended:
+                # PYTHONFAULTHANDLER makes it say where it stands.
+                self.process.send_signal(signal.SIGABRT)
+                self.process.wait()
             tail = self.log.read_text()[-_LOG_TAIL:]
             raise BenchError(f"a process {state} before {awaited}:\n{tail}")
         time.sleep(_LOOK_SECONDS)
@@ -151,4 +156,4 @@ def clean_environment() -> dict[str, str]:
     # JOURNAL_STREAM would take the times out of the log.
     unwanted = {spec.name.upper() for spec in fields(Settings)} | {"JOURNAL_STREAM"}
     kept = {name: value for name, value in os.environ.items() if name not in unwanted}
-    return {**kept, "HF_HUB_OFFLINE": "1"}
+    return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
