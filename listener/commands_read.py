@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import click
 import psycopg
@@ -27,8 +28,11 @@ from listener.database import connect
 from listener.errors import ConfigError, ListenerError
 from listener.logs import configure_logs, redact
 from listener.report import report_path, require_reports_dir
-from listener.search import EventState, Hit, describe, nearest
+from listener.search import EventState, Hit, describe, nearest, readable
 from listener.status import read_status, status_lines
+
+if TYPE_CHECKING:
+    from listener.embedder import Embedder
 
 
 @click.command("check", cls=Command, settings=SERVICE)
@@ -111,17 +115,21 @@ def show_command(event_id: str) -> None:
         from listener.embedder import load_embedder
 
         embedder = load_embedder(settings)
-        tokens = embedder.count_tokens(state.input)
-        limit = embedder.max_tokens
-        cut = limit is not None and tokens > limit
         click.echo(f"event     {state.event_id}")
-        click.echo(f"tokens    {tokens}{f', cut at {limit}' if cut else ''}")
+        click.echo(f"tokens    {_tokens(state.input, embedder)}")
         click.echo(f"state     {_state(state, embedder.fingerprint)}")
-        click.echo(f"text\n{_indented(state.input)}")
+        click.echo(f"text\n{_indented(readable(state.input))}")
         if state.embedding is not None and state.model is not None:
             click.echo("neighbours")
             hits = nearest(conn, state.embedding, state.model, limit=6)
             _print_hits([hit for hit in hits if hit.event_id != state.event_id][:5])
+
+
+def _tokens(text: str | None, embedder: Embedder) -> str:
+    if text is None:
+        return "unknown"
+    tokens, limit = embedder.count_tokens(text), embedder.max_tokens
+    return f"{tokens}, cut at {limit}" if limit is not None and tokens > limit else str(tokens)
 
 
 def _state(state: EventState, model: str) -> str:
@@ -142,7 +150,7 @@ def _indented(text: str) -> str:
 
 def _print_hits(hits: Sequence[Hit]) -> None:
     for hit in hits:
-        click.echo(f"  {hit.similarity:.3f}  {hit.event_id}  {' · '.join(hit.text.splitlines())}")
+        click.echo(f"  {hit.similarity:.3f}  {hit.event_id}  {hit.line}")
 
 
 @click.command("search", cls=Command, settings=(*DATABASE, *ENCODING))

@@ -29,13 +29,21 @@ from tenacity import (
 
 from listener import queries
 from listener.config import Settings
-from listener.errors import ConnectionLost, SchemaError
+from listener.errors import ConnectionLost, SchemaError, StatementTimeout
 from listener.logs import log, redact
 from listener.stop import Stop
 
 # The server gives a statement of the service up after 8 s and says so; silence for longer is a
 # dead link, which keepalives alone don't find where a proxy or a stopped server answers them.
 _ANSWER_SECONDS = 10.0
+
+# SQLSTATE classes of which no single row is the cause: the connection, the transaction, the
+# statement itself, the server's state and resources, other servers. All the rest one row can bring
+# about, by what is in it or by an embedding_input of the operator's own, whose codes are free.
+_NOT_OF_A_ROW = {
+    *("08", "25", "26", "28", "34", "3D", "3F", "40", "42"),
+    *("53", "55", "57", "58", "72", "F0", "HV"),
+}
 
 # A dead peer is noticed after idle + interval * count = 19 s; unsent data after 10 s.
 _LIVELINESS = {
@@ -140,7 +148,7 @@ def register_vector(conn: Connection) -> None:
 def translated() -> Iterator[None]:
     """Turn the driver's errors into the class that says what happens next.
 
-    Errors of a single row (SQLSTATE classes 22, 23 and P0) pass through: the queue isolates them.
+    Those that a single row can cause pass through: the queue isolates them.
     """
     try:
         yield
@@ -164,11 +172,22 @@ def translated() -> Iterator[None]:
         raise ConnectionLost(
             "the server is read-only: a standby or a failed-over primary"
         ) from error
+    except errors.QueryCanceled as error:
+        raise StatementTimeout(describe(error)) from error
     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-        raise ConnectionLost(_describe(error)) from error
+        if is_of_a_row(error):
+            raise
+        raise ConnectionLost(describe(error)) from error
 
 
-def _describe(error: psycopg.Error) -> str:
+def is_of_a_row(error: psycopg.Error) -> bool:
+    """Whether a single row can have caused what the server refused."""
+    state = error.diag.sqlstate
+    return state is not None and state[:2] not in _NOT_OF_A_ROW
+
+
+def describe(error: psycopg.Error) -> str:
+    """Class and message in one line."""
     message = error.diag.message_primary or " ".join(str(error).split())
     return f"{type(error).__name__}: {message}"
 

@@ -181,6 +181,5 @@ def _search(conn: Connection, encoder: Encoder, console: Console) -> None:
     if isinstance(vector, Exception):
         raise vector
     for hit in nearest(conn, vector, encoder.fingerprint, limit=3):
-        one_line = " · ".join(hit.text.splitlines())
-        console.print(f"  {hit.similarity:.3f}  {one_line}", highlight=False)
+        console.print(f"  {hit.similarity:.3f}  {hit.line}", highlight=False)
     console.print()

@@ -4,6 +4,7 @@ ListenerError            one clear line on stderr
 ├── ConfigError       exit 2: a setting or the model; a human must act
 ├── SchemaError       exit 3: something that `listener install` or the owner provides is missing
 ├── ConnectionLost    back off, connect again, LISTEN, drain
+│   └── StatementTimeout  where a smaller statement may do: that, else the same
 ├── EmbeddingError    one event's fault: try it again later, in the end park it
 ├── ModelFault        the model's fault: nothing is parked, leases are given back, wait
 └── EncodeHung     exit 1: the model doesn't return; the process ends, to be started again
@@ -38,6 +39,10 @@ class ConnectionLost(ListenerError):
     """
 
     exit_code = 2
+
+
+class StatementTimeout(ConnectionLost):
+    """The server gave a statement up that ran for too long; the connection is as it was."""
 
 
 class EmbeddingError(ListenerError):

@@ -16,11 +16,13 @@ where x.extname = 'vector'
 """
 
 # For the two sessions of the service, and no pooler's. A statement that waits for a lock, as behind
-# an index build, is given up by the server, so that no abandoned ones pile up there. The server
-# finds a dead client in 19 s instead of two hours, and with it frees the locks of a worker.
+# an index build, is given up by the server, so that no abandoned ones pile up there; sooner than a
+# slow one, which can be an event's fault, as a lock never is. The server finds a dead client in
+# 19 s instead of two hours, and with it frees the locks of a worker.
 SERVICE_SESSION = """
 select
   pg_catalog.set_config('statement_timeout', '8s', false),
+  pg_catalog.set_config('lock_timeout', '6s', false),
   -- Under a stricter default every claim that meets another would fail.
   pg_catalog.set_config('default_transaction_isolation', 'read committed', false),
   pg_catalog.set_config('tcp_keepalives_idle', '10', false),

@@ -5,34 +5,35 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import numpy as np
+import psycopg
 from numpy.typing import NDArray
-from psycopg import errors
 
 from listener import queries
 from listener.config import Settings
 from listener.counters import counters
-from listener.database import Connection, Vectors, translated
+from listener.database import Connection, Vectors, describe, is_of_a_row, translated
+from listener.errors import StatementTimeout
 from listener.health import health
 from listener.logs import log
 
 EventId = int | str | UUID
 Vector = NDArray[np.float32]
 
-# What a single row can cause: bad data, a violated constraint, an exception raised in SQL.
-ROW_ERRORS = (errors.DataError, errors.IntegrityError, errors.RaiseException)
+T = TypeVar("T")
 
 # A claim in another session locks a row for a moment while passing it by, a writer until it
 # commits; the first is worth waiting for.
 _PASSING_LOCK_SECONDS = (0.005, 0.01, 0.02, 0.04)
-# One that holds an event for longer is looked at again this much later.
-_HELD_SECONDS = 0.5
+# An event that one holds for longer, or that reads differently now, is looked at again this much
+# later, unless a change of it comes.
+_LATER_SECONDS = 0.5
 # Where listener.change begins.
 _FIRST_PLACE = "(0,0)"
 
@@ -138,12 +139,16 @@ class Queue:
     def read(self, claim: Claim) -> list[Event]:
         """The texts of a claim, at the version they belong to.
 
-        Deleted events leave the queue here; an event whose embedding_input raises fails alone.
+        Deleted events leave the queue here; one on which embedding_input fails does so alone.
         """
-        try:
-            rows = self._execute(queries.READ, event_ids=claim.event_ids, lease=claim.lease)
-        except ROW_ERRORS as error:
-            return self._read_one_by_one(claim, error)
+
+        def read(event_ids: Sequence[EventId]) -> list[Any]:
+            return self._execute(queries.READ, event_ids=list(event_ids), lease=claim.lease)
+
+        def fail(event_id: EventId, reason: str) -> None:
+            self.fail(claim.lease, [event_id], f"embedding_input: {reason}")
+
+        rows = self._in_parts(claim.event_ids, read, fail)
         deleted = [event_id for event_id, _, is_deleted, _ in rows if is_deleted]
         if deleted:
             self._execute(queries.DISCARD, event_ids=deleted, lease=claim.lease)
@@ -151,16 +156,6 @@ class Queue:
             Event(event_id, version, text)
             for event_id, version, is_deleted, text in rows
             if not is_deleted
-        ]
-
-    def _read_one_by_one(self, claim: Claim, error: Exception) -> list[Event]:
-        if len(claim.event_ids) == 1:
-            self.fail(claim.lease, claim.event_ids, f"embedding_input: {error}")
-            return []
-        return [
-            event
-            for event_id in claim.event_ids
-            for event in self.read(Claim(claim.lease, [event_id]))
         ]
 
     def write(
@@ -171,18 +166,25 @@ class Queue:
         Returns the ids stored. The rest changed, went, were taken over, or are held by a writer;
         those still ours are given back for a while. A row that the database refuses fails alone.
         """
+
+        def write(done: Sequence[tuple[Event, Vector]]) -> list[EventId]:
+            return self._write(lease, done, model)
+
+        def fail(done: tuple[Event, Vector], reason: str) -> None:
+            self.fail(lease, [done[0].event_id], reason)
+
         stored: set[EventId] = set()
         left = list(zip(events, vectors, strict=True))
         for seconds in (0.0, *_PASSING_LOCK_SECONDS):
             time.sleep(seconds)
-            stored |= self._write(lease, [e for e, _ in left], [v for _, v in left], model)
+            stored.update(self._in_parts(left, write, fail))
             if len(stored) == len(events):
                 return stored
             ours = self._still_ours(lease, [e for e, _ in left])
             left = [pair for pair in left if pair[0].event_id in ours - stored]
             if not left:
                 return stored
-        self.release(lease, [event.event_id for event, _ in left], _HELD_SECONDS)
+        self.release(lease, [event.event_id for event, _ in left], _LATER_SECONDS)
         return stored
 
     def _still_ours(self, lease: int, events: Sequence[Event]) -> set[EventId]:
@@ -195,35 +197,22 @@ class Queue:
         hashes = [content_hash(event.text) for event in events]
         rows = self._execute(queries.OUTDATED, event_ids=event_ids, hashes=hashes, lease=lease)
         if rows:
-            self.release(lease, [event_id for (event_id,) in rows])
+            self.release(lease, [event_id for (event_id,) in rows], _LATER_SECONDS)
         rows = self._execute(queries.STILL_LEASED, event_ids=event_ids, lease=lease)
         return {event_id for (event_id,) in rows}
 
-    def _write(
-        self, lease: int, events: Sequence[Event], vectors: Sequence[Vector], model: str
-    ) -> set[EventId]:
-        if not events:
-            return set()
-        try:
-            rows = self._execute(
-                queries.WRITE,
-                event_ids=[event.event_id for event in events],
-                versions=[event.version for event in events],
-                hashes=[content_hash(event.text) for event in events],
-                embeddings=Vectors(np.stack(vectors)),
-                lease=lease,
-                model=model,
-            )
-        except ROW_ERRORS as error:
-            if len(events) == 1:
-                self.fail(lease, [events[0].event_id], f"{type(error).__name__}: {error}")
-                return set()
-            half = len(events) // 2
-            return self._write(lease, events[:half], vectors[:half], model) | self._write(
-                lease, events[half:], vectors[half:], model
-            )
+    def _write(self, lease: int, done: Sequence[tuple[Event, Vector]], model: str) -> list[EventId]:
+        rows = self._execute(
+            queries.WRITE,
+            event_ids=[event.event_id for event, _ in done],
+            versions=[event.version for event, _ in done],
+            hashes=[content_hash(event.text) for event, _ in done],
+            embeddings=Vectors(np.stack([vector for _, vector in done])),
+            lease=lease,
+            model=model,
+        )
         counters.stored(seconds for _, seconds in rows)
-        return {event_id for event_id, _ in rows}
+        return [event_id for event_id, _ in rows]
 
     def fail(self, lease: int, event_ids: Sequence[EventId], reason: str) -> int:
         """Count a failed attempt: due again after a while, or parked with the reason.
@@ -292,6 +281,40 @@ class Queue:
     def parked(self) -> int:
         """How many events are parked."""
         return int(self._execute(queries.PARKED_COUNT)[0][0])
+
+    def _in_parts(
+        self,
+        items: Sequence[T],
+        run: Callable[[Sequence[T]], list[Any]],
+        fail: Callable[[T, str], None],
+    ) -> list[Any]:
+        """What `run` gives for all, or for halves of what is refused or takes too long.
+
+        An item that is so by itself is failed with the reason. Where the server is slow with all it
+        does, that takes too long as well, and raises.
+        """
+        if not items:
+            return []
+        try:
+            return run(items)
+        except StatementTimeout as error:
+            if self._worker is None:
+                # Without a session of its own it may just have waited for a lock, which ends other
+                # sessions' statements sooner.
+                raise
+            reason = str(error)
+        except psycopg.Error as error:
+            if not is_of_a_row(error):
+                raise
+            reason = describe(error)
+        if len(items) == 1:
+            fail(items[0], reason)
+            return []
+        half = len(items) // 2
+        return [
+            *self._in_parts(items[:half], run, fail),
+            *self._in_parts(items[half:], run, fail),
+        ]
 
     def _execute(self, statement: str, **parameters: Any) -> list[Any]:
         health.progressed()

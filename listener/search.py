@@ -15,19 +15,30 @@ from listener.queue import EventId, Vector
 
 @dataclass(frozen=True)
 class Hit:
-    """An event found by meaning; similarity is the cosine, 1 is the same."""
+    """An event found by meaning; similarity is the cosine, 1 is the same.
+
+    `text` None: embedding_input fails on it.
+    """
 
     event_id: EventId
     similarity: float
-    text: str
+    text: str | None
+
+    @property
+    def line(self) -> str:
+        """The text in one line."""
+        return " · ".join(readable(self.text).splitlines())
 
 
 @dataclass(frozen=True)
 class EventState:
-    """What is known of one event. `embedding` None: it has none."""
+    """What is known of one event. `embedding` None: it has none.
+
+    `input` None: embedding_input fails on it.
+    """
 
     event_id: EventId
-    input: str
+    input: str | None
     model: str | None
     is_current: bool | None
     embedded_at: datetime | None
@@ -37,6 +48,11 @@ class EventState:
     attempts: int | None
     leased: bool
     error: str | None
+
+
+def readable(text: str | None) -> str:
+    """A text as it is shown to people."""
+    return "(none: embedding_input fails on it)" if text is None else text
 
 
 def nearest(conn: Connection, vector: Vector, model: str, limit: int) -> list[Hit]:

@@ -14,7 +14,7 @@ from listener.config import Settings
 from listener.counters import counters
 from listener.database import Connection, connect, reconnecting, translated
 from listener.encoding import Encoder
-from listener.errors import ConnectionLost, ModelFault
+from listener.errors import ConnectionLost, ModelFault, StatementTimeout
 from listener.health import health
 from listener.install import verify
 from listener.logs import log
@@ -144,6 +144,7 @@ class _Session:
         self._pipeline = Pipeline(settings, self._queue, encoder, stop, in_hand)
         self._next_beat = time.monotonic()
         self._next_status = time.monotonic()
+        self._sweep_page_events = _SWEEP_PAGE
         self._sweep_from: str | None = None
         self._sweep_left = settings.backfill_last_n
         self._next_sweep = time.monotonic() if settings.backfill_last_n else float("inf")
@@ -215,8 +216,14 @@ class _Session:
         """
         if self._sweep_left <= 0 or self._seconds_to_sweep() > 0:
             return False
-        events = min(_SWEEP_PAGE, self._sweep_left)
-        page = self._queue.sweep(self._encoder.fingerprint, self._sweep_from, events)
+        events = min(self._sweep_page_events, self._sweep_left)
+        try:
+            page = self._queue.sweep(self._encoder.fingerprint, self._sweep_from, events)
+        except StatementTimeout:
+            if events == 1:
+                raise
+            self._sweep_page_events = events // 2
+            return True
         self._sweep_from = page.next_from
         self._sweep_left -= page.scanned
         if page.queued:

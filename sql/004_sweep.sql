@@ -12,9 +12,21 @@ begin
   return pg_catalog.sha256(pg_catalog.convert_to(
     coalesce(listener.embedding_input(p_event), ''), 'UTF8'
   ));
-exception when others then
+-- `others` is all but a failed assertion, and what ends the statement.
+exception when others or assert_failure then
   return null;
 end
+$$;
+
+-- Postgres takes a function for volatile that doesn't say otherwise, and a view with one would compute
+-- the text of every event there is, whichever was asked for. No settings, so that it costs nothing
+-- where embedding_input is declared stable.
+create or replace function listener.input_of(p_event public.iot_events)
+returns text
+language sql
+stable
+as $$
+  select listener.embedding_input(p_event)
 $$;
 
 -- What the service sees of the two tables in public, with the rights of the role that installed: the
@@ -24,9 +36,28 @@ $$;
 create or replace view listener.event as
 select
   e.id,
-  listener.embedding_input(e) as input,
+  listener.input_of(e) as input,
   listener.content_hash(e) as content_hash
 from public.iot_events e;
+
+-- Those for the rows of another table that had the name before.
+do $$
+declare
+  v_function regprocedure;
+begin
+  for v_function in
+    select p.oid
+    from pg_catalog.pg_proc p
+    where p.pronamespace = 'listener'::regnamespace
+      and p.proname in ('embedding_input', 'content_hash', 'input_of')
+      and p.proargtypes[0] <> (
+        select c.reltype from pg_catalog.pg_class c where c.oid = 'public.iot_events'::regclass
+      )
+  loop
+    execute pg_catalog.format('drop function %s', v_function);
+  end loop;
+end
+$$;
 
 create or replace view listener.embedding as
 select m.event_id, m.embedding, m.model, m.content_hash, m.embedded_at
@@ -139,7 +170,8 @@ as $$
     and m.content_hash = p.content_hash
 $$;
 
--- Everything known about one event. No row: there is no such event.
+-- Everything known about one event; `input` is null where embedding_input raises. No row: there is
+-- no such event.
 create or replace function listener.describe(p_id text)
 returns table (
   event_id     @key_type@,
@@ -160,7 +192,7 @@ set search_path = ''
 as $$
   select
     e.id,
-    coalesce(e.input, ''),
+    case when e.content_hash is not null then coalesce(e.input, '') end,
     m.model,
     m.content_hash = e.content_hash,
     m.embedded_at,
@@ -179,8 +211,9 @@ as $$
   where e.id = p_id::@key_type@
 $$;
 
--- The p_limit events nearest to a vector by cosine, among those of one model. Security definer,
--- because its operator is in a schema that may be closed to the worker, as `extensions` is on Supabase.
+-- The p_limit events nearest to a vector by cosine, among those of one model; `input` as above.
+-- Security definer, because its operator is in a schema that may be closed to the worker, as
+-- `extensions` is on Supabase.
 create or replace function listener.nearest(
   p_embedding  @vector@,
   p_model      text,
@@ -199,7 +232,12 @@ as $$
     order by m.embedding operator(@vector_schema@.<=>) p_embedding
     limit p_limit
   )
-  select h.event_id, 1 - h.distance, listener.embedding_input(e)
+  select
+    h.event_id,
+    1 - h.distance,
+    case
+      when listener.content_hash(e) is not null then coalesce(listener.embedding_input(e), '')
+    end
   from hits h
   join public.iot_events e on e.id = h.event_id
   order by h.distance
@@ -226,6 +264,7 @@ end
 $$;
 
 revoke all on function listener.embedding_input(public.iot_events) from public;
+revoke all on function listener.input_of(public.iot_events) from public;
 revoke all on function listener.latency(integer) from public;
 revoke all on function listener.content_hash(public.iot_events) from public;
 revoke all on function listener.page(text, integer, timestamptz) from public;

@@ -48,7 +48,7 @@ begin
       where o.id is null
         or listener.embedding_input(n) is distinct from listener.embedding_input(o)
     );
-  exception when others then
+  exception when others or assert_failure then
     v_changed := array(select n.id from new_events n);
   end;
   insert into listener.change (event_id)

@@ -28,6 +28,7 @@ grant select, update (input) on listener.event to listener_worker;
 grant select, insert, update, delete on listener.embedding to listener_worker;
 
 grant execute on function listener.embedding_input(public.iot_events) to listener_worker;
+grant execute on function listener.input_of(public.iot_events) to listener_worker;
 grant execute on function listener.content_hash(public.iot_events) to listener_worker;
 grant execute on function listener.page(text, integer, timestamptz) to listener_worker;
 grant execute on function listener.sweep(text, text, integer, timestamptz) to listener_worker;

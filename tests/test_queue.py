@@ -320,30 +320,6 @@ def test_a_writer_holding_an_event_does_not_stall_its_batch_mates(
     database.assert_invariant()
 
 
-def test_a_row_whose_embedding_input_raises_is_parked_and_its_mates_are_stored(
-    database: Database,
-) -> None:
-    """An operator's function may fail on some rows; it fails no writer and no batch."""
-    database.rows(
-        """
-        create or replace function listener.embedding_input(event public.iot_events)
-        returns text language sql stable set search_path = ''
-        as $$ select (1 / (case when event.message = 'bad' then 0 else 1 end))::text $$
-        """
-    )
-    database = database.with_settings(max_attempts=2)
-
-    bad, good = database.insert("bad", "good")
-    with serving(database):
-        wait_until(lambda: any(row[5] for row in database.queue()))
-        database.rows("update public.iot_events set message = 'bad'")
-        wait_until(lambda: sum(row[5] for row in database.queue()) == 2)
-
-    assert [row[0] for row in database.queue()] == [bad, good]
-    assert "division by zero" in database.queue()[0][6]
-    assert set(database.embedded()) == {good}
-
-
 def test_a_sweep_queues_what_is_missing_outdated_or_of_another_model_and_nothing_twice(
     database: Database, queue: Queue
 ) -> None:

@@ -1,0 +1,226 @@
+"""An operator's own embedding_input may fail on events, take long, or be badly declared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from listener import queries
+from listener.database import Connection
+from listener.errors import ConnectionLost
+from listener.queue import Queue
+from tests.harness import (
+    Database,
+    TinyEmbedder,
+    claimed,
+    listener,
+    serving,
+    store,
+    wait_until,
+)
+
+MODEL = TinyEmbedder.fingerprint
+
+# What a body in plpgsql comes to on a message that is "bad", by the name of the error.
+FAILURES = {
+    "DivisionByZero": "perform 1 / 0",
+    "RaiseException": "raise exception 'no unit'",
+    "DatabaseError": "raise exception 'no unit' using errcode = 'IOT01'",
+    "ProgrammingError": "raise exception 'no unit' using errcode = 'PT404'",
+    "AssertFailure": "assert false, 'no unit'",
+    "CardinalityViolation": "perform (select n from generate_series(1, 2) n)",
+    "NoDataFound": "select 'x' into strict v_text where false",
+    "ExternalRoutineException": "raise external_routine_exception",
+    "StatementTooComplex": "perform listener.embedding_input(event)",
+    "InternalError_": "raise internal_error",
+}
+
+
+def replace_input(database: Database, on_bad: str, volatility: str = "stable") -> None:
+    """The text is the message, or what `on_bad` does."""
+    database.rows(
+        f"""
+        create or replace function listener.embedding_input(event public.iot_events)
+        returns text
+        language plpgsql
+        {volatility}
+        set search_path = ''
+        as $$
+        declare
+          v_text text;
+        begin
+          if event.message = 'bad' then
+            {on_bad};
+          else
+            return event.message;
+          end if;
+        end
+        $$
+        """
+    )
+
+
+@pytest.fixture
+def service_session(database: Database) -> Iterator[Connection]:
+    """As the service's, but that a statement may take half a second only."""
+    with database.service_session() as conn:
+        conn.execute(queries.SERVICE_SESSION)
+        conn.execute("set statement_timeout = '500ms'")
+        yield conn
+
+
+@pytest.fixture
+def queue(database: Database, service_session: Connection) -> Queue:
+    """The queue as a worker with a session of its own sees it."""
+    return Queue(service_session, database.settings, worker=1)
+
+
+@pytest.mark.parametrize("name", [*FAILURES, "FunctionExecutedNoReturnStatement"])
+def test_an_event_that_it_fails_on_is_parked_and_its_mates_are_stored(
+    database: Database, name: str
+) -> None:
+    """Whatever the error: no writer fails, no connection is given up, no process ends."""
+    # Without a `return` on its way a function of plpgsql fails at its end.
+    replace_input(database, FAILURES.get(name, "null"))
+    database = database.with_settings(max_attempts=1)
+
+    first, bad, *more = database.insert("first", "bad", "second", "third")
+    edited, *_ = database.insert("good, then bad")
+    with serving(database):
+        wait_until(lambda: any(row[5] for row in database.queue()))
+        database.rows("update public.iot_events set message = 'bad' where id = %s", edited)
+        wait_until(lambda: sum(row[5] for row in database.queue()) == 2)
+        database.wait_for_rest()
+        assert database.value("select last_value from listener.worker_token") == 1
+
+    assert {row[0] for row in database.queue()} == {bad, edited}
+    assert all(row[6].startswith(f"embedding_input: {name}") for row in database.queue())
+    assert {first, *more} <= set(database.embedded())
+
+
+def test_an_event_that_it_takes_too_long_on_is_parked_and_its_mates_are_stored(
+    database: Database, queue: Queue
+) -> None:
+    """The server gives the statement up; smaller ones find the event."""
+    replace_input(database, "perform pg_catalog.pg_sleep(9)")
+    bad, *good = database.insert("bad", "first", "second")
+    claim = claimed(queue)
+
+    store(queue, claim, queue.read(claim))
+
+    assert set(database.embedded()) == set(good)
+    ((event_id, _, _, attempts, _, _, error),) = database.queue()
+    assert (event_id, attempts) == (bad, 1)
+    assert "QueryCanceled" in error
+
+
+def test_events_that_together_take_too_long_are_written_in_parts(
+    database: Database, queue: Queue
+) -> None:
+    """As into a large vector index on a slow disk; else they would be encoded again and again."""
+    database.rows(
+        """
+        create function public.be_slow() returns trigger language plpgsql
+        as $$ begin perform pg_sleep(0.1); return new; end $$
+        """
+    )
+    database.rows(
+        "create trigger slow before insert on public.event_embeddings "
+        "for each row execute function public.be_slow()"
+    )
+    ids = database.insert(*map(str, range(8)))
+    claim = claimed(queue)
+
+    assert sorted(store(queue, claim, queue.read(claim)), key=str) == ids
+
+
+def test_a_lock_that_is_waited_for_fails_no_event(
+    database: Database, service_session: Connection, queue: Queue
+) -> None:
+    """It is no event's fault, however long somebody holds it."""
+    service_session.execute("set lock_timeout = '100ms'")
+    database.insert("an event")
+    claim = claimed(queue)
+
+    with database.session() as migration, migration.transaction():
+        migration.execute("lock table public.iot_events in access exclusive mode")
+        with pytest.raises(ConnectionLost):
+            queue.read(claim)
+
+    assert len(store(queue, claim, queue.read(claim))) == 1
+
+
+def test_a_sweep_of_slow_events_takes_smaller_pages(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that takes too long would else be begun again for ever."""
+    shorter = queries.SERVICE_SESSION.replace("'8s'", "'500ms'")
+    assert shorter != queries.SERVICE_SESSION
+    monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
+    replace_input(database, "null; end if; if pg_catalog.pg_sleep(0.02) is null then null")
+    ids = database.insert(*map(str, range(60)))
+    database.forget_queue()
+
+    with serving(database.with_settings(backfill_last_n=100)):
+        wait_until(lambda: len(database.embedded()) == len(ids))
+        assert database.value("select last_value from listener.worker_token") == 1
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_sweep_passes_by_what_it_fails_on(database: Database, queue: Queue, name: str) -> None:
+    """It is queued, and parked by the worker with the reason."""
+    replace_input(database, FAILURES[name])
+    ids = database.insert("first", "bad", "second")
+    database.forget_queue()
+
+    page = queue.sweep(MODEL, None, 10)
+
+    assert (page.scanned, page.queued) == (len(ids), len(ids))
+
+
+def test_show_and_search_tell_of_an_event_that_it_fails_on(static: Database) -> None:
+    """An operator who looks up why an event is parked is told so."""
+    parked, embedded = static.insert("a", "bad")
+    listener(static.settings, "run", "--once")
+    static.rows("update public.iot_events set message = 'bad'")
+    static.park(parked)
+    replace_input(static, FAILURES["DivisionByZero"])
+
+    shown = listener(static.settings, "show", str(parked)).stdout
+    found = listener(static.settings, "search", "bad").stdout
+
+    assert "parked after 5 attempts: why" in shown
+    assert "embedding_input fails on it" in shown
+    assert str(embedded) in found
+    assert "embedding_input fails on it" in found
+
+
+def test_one_that_is_not_declared_stable_reads_no_more_events(
+    database: Database, queue: Queue, service_session: Connection
+) -> None:
+    """Postgres takes a function for volatile that doesn't say otherwise."""
+    replace_input(database, "null", volatility="volatile")
+    database.rows(
+        "insert into public.iot_events (device_id, event_type, severity, message) "
+        "select 'd', 't', 's', n::text from generate_series(1, 2000) n"
+    )
+    database.rows("analyze")
+    before = rows_read(database)
+    claim = claimed(queue, 10)
+    store(queue, claim, queue.read(claim))
+    database.rows("delete from public.iot_events where message = '11'")
+    queue.read(claimed(queue, 1))
+
+    service_session.close()
+    assert wait_until(lambda: rows_read(database) - before) < 500
+
+
+def rows_read(database: Database) -> int:
+    """Rows of iot_events that were read so far, by sessions that have ended."""
+    return int(
+        database.value(
+            "select seq_tup_read + idx_tup_fetch from pg_stat_user_tables "
+            "where relname = 'iot_events'"
+        )
+    )
