@@ -96,6 +96,23 @@ select
    where a.attrelid = to_regclass('public.event_embeddings')
      and a.attname = 'embedding'
      and not a.attisdropped) as embeddings_type,
+  exists (
+    select from pg_catalog.pg_constraint c
+    where c.conrelid = to_regclass('public.event_embeddings')
+      and c.contype = 'f'
+      and c.confrelid = t.oid
+      and c.confdeltype = 'c'
+  ) as embeddings_go_with_events,
+  array(
+    select distinct format_type(a.atttypid, null)
+    from pg_catalog.pg_attribute a
+    where a.attrelid in (
+        to_regclass('public.event_embeddings'),
+        to_regclass('listener.queue'),
+        to_regclass('listener.change')
+      )
+      and a.attname = 'event_id'
+  ) as event_id_types,
   coalesce(
     (select jsonb_object_agg(g.tgname, g.tgenabled::text || ' ' || n.nspname || '.' || p.proname)
      from pg_catalog.pg_trigger g
@@ -107,7 +124,9 @@ select
   (select p.prosrc
    from pg_catalog.pg_proc p
    join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-   where n.nspname = 'listener' and p.proname = 'embedding_input') as input_source
+   where n.nspname = 'listener'
+     and p.proname = 'embedding_input'
+     and p.proargtypes[0] = t.reltype) as input_source
 from pg_catalog.pg_roles r
 left join pg_catalog.pg_class t on t.oid = to_regclass('public.iot_events')
 left join pg_catalog.pg_roles o on o.rolname = 'listener_owner'
@@ -158,6 +177,8 @@ class Facts:
     worker_role_exists: bool
     installed: bool
     embeddings_type: str | None
+    embeddings_go_with_events: bool
+    event_id_types: list[str]
     triggers: dict[str, str]
     input_source: str | None
     columns: tuple[Column, ...] = ()

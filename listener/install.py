@@ -115,6 +115,12 @@ def events_problem(facts: Facts) -> str | None:
             f"public.event_embeddings.embedding is {facts.embeddings_type}, "
             f"not vector({DIMENSION}); drop or rename that table"
         )
+    if set(facts.event_id_types) - {facts.key.type}:
+        return (
+            f"iot_events.id is {facts.key.type}, and event_id in the listener's tables is "
+            f"{', '.join(facts.event_id_types)}; run `listener uninstall`, then go on as README "
+            "says under 'Altering iot_events'"
+        )
     return None
 
 
@@ -156,15 +162,28 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
         create = f"create extension if not exists vector with schema {schema};"
         steps.append(Step("create extension", create))
     texts = {file: fill(sql_text(file), values) for file in sql_files()}
-    if not facts.triggers_right or _something_is_gone(conn, texts.values()):
+    if not _is_whole(facts) or _something_is_gone(conn, texts.values()):
         # Whoever took that away may have altered more; and later files grant rights on what earlier
         # ones make.
         applied = {}
+    if facts.installed and facts.input_source is None:
+        notes.append(
+            "listener.embedding_input is made anew, because it was dropped or public.iot_events is "
+            "another table than before; one of your own has to be made again; then run "
+            "`listener backfill --all`"
+        )
     for file, text in texts.items():
         step = Step(file, text, chosen if file == _INPUT_FILE else None)
         if _is_needed(step, facts, applied, columns is not None, notes):
             steps.append(step)
     return Plan(tuple(steps), tuple(notes + _order_notes(facts)))
+
+
+def _is_whole(facts: Facts) -> bool:
+    """Whether triggers, foreign key and function are there, and of the table of that name."""
+    return (
+        facts.triggers_right and facts.embeddings_go_with_events and facts.input_source is not None
+    )
 
 
 def _something_is_gone(conn: Connection, texts: Iterable[str]) -> bool:
@@ -263,7 +282,7 @@ def _run(conn: Connection, plan: Plan) -> None:
 def verify(conn: Connection) -> Facts:
     """Read the catalogue again and raise SchemaError unless everything is in place."""
     facts = read_facts(conn)
-    if not (facts.installed and facts.embeddings_type and facts.input_source):
+    if not (facts.installed and facts.embeddings_type):
         raise SchemaError("the listener is not installed in this database; run `listener install`")
     if not facts.embeddings_type.endswith(f"vector({DIMENSION})"):
         raise SchemaError(
@@ -275,6 +294,12 @@ def verify(conn: Connection) -> Facts:
     if not facts.triggers_right:
         raise SchemaError(
             "the triggers on iot_events are missing, disabled or altered; run `listener install`"
+        )
+    if not _is_whole(facts):
+        raise SchemaError(
+            "listener.embedding_input or the foreign key of event_embeddings is missing, or of "
+            "another table than public.iot_events; run `listener install`, then "
+            "`listener backfill --all`"
         )
     return facts
 

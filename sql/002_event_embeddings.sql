@@ -19,23 +19,43 @@ comment on column public.event_embeddings.model is 'name@revision/precision of t
 comment on column public.event_embeddings.content_hash is 'sha256 of the embedded text, UTF-8';
 
 -- Whoever may see an event may see its embedding, if granted select here, and nobody else: the policy
--- asks iot_events with the reader's own rights. Once only, so that your policies and grants stay yours.
--- Supabase gives its API roles all rights on a new table in public; these are taken back.
+-- asks iot_events with the reader's own rights. Supabase gives its API roles all rights on a new table
+-- in public; these are taken back. Both once only, so that your policies and grants stay yours.
+--
+-- Key and policy move when another table has taken the name iot_events. The key is not validated: to
+-- look at every embedding would keep the writers out meanwhile. `listener backfill --all` deletes those
+-- whose event is gone.
 do $$
 declare
   v_role name;
-begin
-  if (
+  v_is_open constant boolean := not (
     select c.relrowsecurity from pg_catalog.pg_class c
     where c.oid = 'public.event_embeddings'::regclass
-  ) then
+  );
+  v_has_moved constant boolean := not exists (
+    select from pg_catalog.pg_constraint c
+    where c.conrelid = 'public.event_embeddings'::regclass
+      and c.contype = 'f'
+      and c.confrelid = 'public.iot_events'::regclass
+      and c.confdeltype = 'c'
+  );
+begin
+  if v_has_moved then
+    alter table public.event_embeddings drop constraint if exists event_embeddings_event_id_fkey;
+    alter table public.event_embeddings
+    add constraint event_embeddings_event_id_fkey foreign key (event_id)
+      references public.iot_events (id) on update cascade on delete cascade not valid;
+  end if;
+  if v_is_open or v_has_moved then
+    drop policy if exists event_embeddings_as_events on public.event_embeddings;
+    create policy event_embeddings_as_events on public.event_embeddings
+    for select
+    using (exists (select from public.iot_events e where e.id = event_embeddings.event_id));
+  end if;
+  if not v_is_open then
     return;
   end if;
   alter table public.event_embeddings enable row level security;
-  drop policy if exists event_embeddings_as_events on public.event_embeddings;
-  create policy event_embeddings_as_events on public.event_embeddings
-  for select
-  using (exists (select from public.iot_events e where e.id = event_embeddings.event_id));
   revoke all on public.event_embeddings from public;
   for v_role in
     select r.rolname from pg_catalog.pg_roles r where r.rolname in ('anon', 'authenticated')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from listener.catalogue import read_facts
 from listener.config import Settings
 from listener.database import Connection, connect, register_vector
 from listener.errors import SchemaError
-from listener.template import Step
+from listener.template import Step, sql_text
 from tests.harness import Database, TinyEmbedder, listener, serving
 
 NewDatabase = Callable[..., AbstractContextManager[str]]
@@ -356,6 +357,77 @@ def test_a_disabled_or_dropped_trigger_is_put_right_by_install(
 
     assert "007_triggers.sql" in {step.file for step in plan.steps}
     assert install_in(database.conn).steps == ()
+
+
+@pytest.mark.parametrize(
+    "swap",
+    [
+        (
+            "alter table public.iot_events rename to iot_events_old",
+            "create table public.iot_events (like public.iot_events_old including all)",
+        ),
+        ("drop table public.iot_events cascade", sql_text("demo.sql")),
+    ],
+    ids=["renamed", "dropped"],
+)
+def test_another_table_of_the_name_is_taken_over_by_an_install(
+    static: Database, swap: tuple[str, str]
+) -> None:
+    """As after a migration that fills a new table and gives it the name of the old one."""
+    first, _ = static.insert("first", "second")
+    listener(static.settings, "run", "--once")
+    for statement in swap:
+        static.rows(statement)
+    static.rows("alter table public.iot_events alter id restart with 100")
+    static.rows(
+        "insert into public.iot_events (id, device_id, event_type, severity, message) "
+        "overriding system value values (%s, 'pump-1', 'status', 'info', 'first')",
+        first,
+    )
+    with pytest.raises(SchemaError, match="listener install"):
+        install.verify(static.conn)
+
+    plan = install_in(static.conn)
+
+    assert any("made anew" in note for note in plan.notes)
+    assert install_in(static.conn).steps == ()
+    (third,) = static.insert("third")
+    listener(static.settings, "backfill", "--all", "--work")
+    assert set(static.embedded()) == {first, third}
+    policy = "select pg_get_expr(polqual, polrelid) from pg_policy"
+    assert "FROM iot_events e" in static.value(policy)
+    static.rows("delete from public.iot_events")
+    assert static.embedded() == {}
+
+
+def test_an_id_of_another_type_is_refused_with_the_remedy(database: Database) -> None:
+    """The tables that were made for the old type can't follow by themselves."""
+    database.rows("alter table public.iot_events rename to iot_events_old")
+    database.rows("create table public.iot_events (id uuid primary key, message text)")
+
+    with pytest.raises(SchemaError, match=r"id is uuid, .* is bigint; run `listener uninstall`"):
+        install_in(database.conn)
+
+
+def test_the_type_of_id_can_be_changed_and_the_embeddings_stay(new_database: NewDatabase) -> None:
+    """An integer runs out: uninstall, alter both tables, install."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (alter,) = re.findall(r"```sql\n(begin;.*?commit;)\n```", readme, re.DOTALL)
+    with new_database() as url, with_events(url, "id integer primary key, message text") as events:
+        install_in(events.conn)
+        events.rows("insert into public.iot_events values (1, 'old')")
+        with serving(events):
+            events.wait_for_rest()
+
+        install.apply_plan(events.conn, install.plan_uninstall(drop_embeddings=False))
+        events.rows(alter)
+        install_in(events.conn)
+        events.rows("insert into public.iot_events values (5000000000, 'new')")
+        with serving(events) as service:
+            events.wait_for_rest()
+
+        assert service.embedder.encoded == ["new"]
+        assert set(events.embedded()) == {1, 5_000_000_000}
 
 
 def test_rows_written_as_a_replica_are_queued(database: Database) -> None:
