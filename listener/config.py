@@ -63,7 +63,7 @@ class Settings:
     batch_events: int = _setting(256, "Most events in one claim.", at_least=1)
     batch_tokens: int = _setting(16384, "Most tokens in one pass of the model.", at_least=1)
     cache_texts: int = _setting(
-        10_000, "Texts whose vectors are kept in memory for reuse (1.6 kB each)."
+        10_000, "Texts whose vectors are kept in memory for reuse (about 2 kB each)."
     )
     lease_seconds: float = _setting(
         60.0, "How long a claim holds without a sign of life.", at_least=1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ Vector = NDArray[np.float32]
 
 _KNOWN_TEXT = "pump 7 reports a temperature of 71 degrees"
 _UNIT_TOLERANCE = 1e-3
+# A longer text would take more memory than its vector.
+_LONGEST_KEY = 400
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Encoder:
     def __init__(self, load: Callable[[], Embedder], cache_texts: int) -> None:
         """`cache_texts` bounds the memory. Raises what `load` raises."""
         self._cache_texts = cache_texts
-        self._cache: OrderedDict[str, Vector] = OrderedDict()
+        self._cache: OrderedDict[str | bytes, Vector] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         # OpenMP keeps a team of threads for each thread that ever computed. Were the model loaded
         # (and tried) elsewhere, there would be more threads than cores, and all of them would sleep
@@ -71,7 +74,7 @@ class Encoder:
         known: list[int] = []
         by_text: dict[str, list[int]] = {}
         for index, text in enumerate(texts):
-            (known if text in self._cache else by_text.setdefault(text, [])).append(index)
+            (known if _key(text) in self._cache else by_text.setdefault(text, [])).append(index)
         if len(by_text) < 2:
             return [Pass(list(range(len(texts))), 0)]
         unknown = list(by_text)
@@ -106,14 +109,15 @@ class Encoder:
 
     def _encode(self, texts: Sequence[str]) -> Encoded:
         known: dict[str, Vector | EmbeddingError] = {}
-        for text in set(texts) & self._cache.keys():
-            self._cache.move_to_end(text)
-            known[text] = self._cache[text]
+        for text in set(texts):
+            if (key := _key(text)) in self._cache:
+                self._cache.move_to_end(key)
+                known[text] = self._cache[key]
         missing = [text for text in dict.fromkeys(texts) if text not in known]
         known.update(zip(missing, self._encode_missing(missing), strict=True))
         if any(isinstance(known[text], EmbeddingError) for text in missing):
             self._require_working_model()
-        self._remember(known)
+        self._remember({text: known[text] for text in missing})
         return Encoded([known[text] for text in texts], len(missing), len(texts) - len(missing))
 
     def _encode_missing(self, texts: list[str]) -> list[Vector | EmbeddingError]:
@@ -140,12 +144,17 @@ class Encoder:
         if isinstance(result, EmbeddingError):
             raise ModelFault(f"the model can't encode even a known text: {result}")
 
-    def _remember(self, known: dict[str, Vector | EmbeddingError]) -> None:
-        for text, result in known.items():
+    def _remember(self, found: dict[str, Vector | EmbeddingError]) -> None:
+        for text, result in found.items():
             if not isinstance(result, EmbeddingError):
-                self._cache[text] = result
+                # A copy, because a row keeps the vectors of its whole batch.
+                self._cache[_key(text)] = result.copy()
         while len(self._cache) > self._cache_texts:
             self._cache.popitem(last=False)
+
+
+def _key(text: str) -> str | bytes:
+    return text if len(text) <= _LONGEST_KEY else hashlib.sha256(text.encode()).digest()
 
 
 def _checked(vectors: Vector) -> list[Vector | EmbeddingError]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from listener.encoding import Encoder
 from listener.engine_torch import SentenceTransformersEmbedder
 from listener.errors import ConfigError, EmbeddingError, ModelFault
 from listener.model import locate
-from tests.harness import TinyEmbedder, listener
+from tests.harness import TinyEmbedder, listener, vector_of
 
 
 def test_gte_small_is_found_in_the_local_cache_and_computed_in_float32(
@@ -196,6 +197,31 @@ def test_the_memory_of_vectors_is_bounded() -> None:
         encoder.encode([text])
 
     assert embedder.encoded == ["a", "b", "c", "b"]
+    encoder.close()
+
+
+def test_a_remembered_vector_keeps_neither_its_text_nor_its_batch_mates() -> None:
+    """Whatever stays in memory has the size that the documentation gives it."""
+
+    class Forgetful(TinyEmbedder):
+        def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            return np.stack([vector_of(text) for text in texts])
+
+    def long_text(number: int) -> str:
+        return f"{number} " * 5_000
+
+    encoder = Encoder(Forgetful, cache_texts=100)
+    encoder.encode(["warm"])
+    tracemalloc.start()
+    for batch in range(60):
+        again = [long_text(number) for number in range(batch + 1)]
+        encoder.encode([*again, *(f"once {batch} {number}" for number in range(40))])
+    del again
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert encoder.encode([long_text(0)]).reused == 1
+    assert kept < 100 * 2_500
     encoder.close()
 
 
