@@ -61,6 +61,7 @@ select
   exists (select from pg_catalog.pg_available_extensions v where v.name = 'vector')
     as vector_available,
   t.relkind::text as events_kind,
+  coalesce(t.relpersistence = 'p', false) as events_permanent,
   exists (
     select from pg_catalog.pg_index i
     join pg_catalog.pg_attribute a
@@ -166,6 +167,7 @@ class Facts:
     new_vector_schema: str
     vector_available: bool
     events_kind: str | None
+    events_permanent: bool
     key_is_unique: bool
     owns_events: bool
     hides_events: bool

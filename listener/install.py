@@ -105,6 +105,11 @@ def events_problem(facts: Facts) -> str | None:
         return f"database {facts.database} has no table public.iot_events; create it first"
     if facts.events_kind not in ("r", "p"):
         return "public.iot_events is not a table, and only a table takes the triggers and the key"
+    if not facts.events_permanent:
+        return (
+            "public.iot_events is unlogged, and no foreign key can refer to such a table; "
+            "alter table public.iot_events set logged"
+        )
     if facts.key is None or facts.key.type not in KEY_TYPES:
         found = "missing" if facts.key is None else facts.key.type
         return f"iot_events.id is {found}; it must be one of {', '.join(KEY_TYPES)}"

@@ -269,6 +269,7 @@ def test_a_writer_without_any_right_on_the_schema_inserts_and_updates(database: 
     ("statement", "says"),
     [
         ("drop table public.iot_events", "no table public.iot_events"),
+        ("alter table public.iot_events set unlogged", "iot_events is unlogged"),
         ("alter table public.iot_events alter id type numeric", "iot_events.id is numeric"),
         ("alter table public.iot_events drop constraint iot_events_pkey", "unique constraint"),
         (
