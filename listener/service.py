@@ -25,8 +25,8 @@ from listener.stop import Stop
 from listener.wakeup import Wakeup
 from listener.worker import BEAT_SECONDS, Worker, beat
 
-# Within the time limit of a statement even where reading an event takes milliseconds.
-_SWEEP_PAGE = 500
+# A page of the sweep: what is new waits for it.
+_SWEEP_PAGE, _SWEEP_PAGE_SECONDS = 500, 0.25
 # The numbers that systemd shows are as old as this.
 _STATUS_SECONDS = 15.0
 
@@ -217,6 +217,7 @@ class _Session:
         if self._sweep_left <= 0 or self._seconds_to_sweep() > 0:
             return False
         events = min(self._sweep_page_events, self._sweep_left)
+        began = time.monotonic()
         try:
             page = self._queue.sweep(self._encoder.fingerprint, self._sweep_from, events)
         except StatementTimeout:
@@ -224,6 +225,8 @@ class _Session:
                 raise
             self._sweep_page_events = events // 2
             return True
+        fitting = int(events * _SWEEP_PAGE_SECONDS / max(time.monotonic() - began, 1e-3))
+        self._sweep_page_events = min(max(fitting, 1), _SWEEP_PAGE)
         self._sweep_from = page.next_from
         self._sweep_left -= page.scanned
         if page.queued:

@@ -152,9 +152,10 @@ def test_a_lock_that_is_waited_for_fails_no_event(
 
 
 def test_a_sweep_of_slow_events_takes_smaller_pages(
-    database: Database, monkeypatch: pytest.MonkeyPatch
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A page that takes too long would else be begun again for ever."""
+    """One that takes too long would be begun again for ever; and new events wait for it."""
+    caplog.set_level("INFO", "listener")
     shorter = queries.SERVICE_SESSION.replace("'8s'", "'500ms'")
     assert shorter != queries.SERVICE_SESSION
     monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
@@ -165,6 +166,11 @@ def test_a_sweep_of_slow_events_takes_smaller_pages(
     with serving(database.with_settings(backfill_last_n=100)):
         wait_until(lambda: len(database.embedded()) == len(ids))
         assert database.value("select last_value from listener.worker_token") == 1
+
+    pages = [r.__dict__["fields"]["scanned"] for r in caplog.records if r.msg == "backfill_queued"]
+    assert sum(pages) == len(ids)
+    # A quarter of a second at 20 ms each.
+    assert max(pages[1:]) <= 13
 
 
 @pytest.mark.parametrize("name", FAILURES)
