@@ -92,7 +92,9 @@ with dead as materialized (
   for update skip locked
 ), released as (
   update listener.queue q
-  set due_at = case when q.attempts > 1 then now() else q.queued_at end, worker = null
+  set
+    due_at = case when q.attempts > 1 then now() else least(q.queued_at, now()) end,
+    worker = null
   from held h
   where q.event_id = h.event_id
   returning 1
@@ -291,8 +293,10 @@ where q.event_id = s.event_id
 returning
   q.event_id,
   -- Since the writer's transaction began; nobody waited for a backfill.
-  case when q.lane = 0 then extract(epoch from clock_timestamp() - q.queued_at)::float8 end
-    as seconds_since_change
+  case
+    when q.lane = 0
+    then greatest(extract(epoch from clock_timestamp() - q.queued_at)::float8, 0)
+  end as seconds_since_change
 """
 
 STILL_LEASED = """
@@ -338,7 +342,8 @@ returning
   extract(epoch from nullif(q.due_at, 'infinity') - now())::float8 as retry_in_seconds
 """
 
-# Give a claim back as if it had not been made; due at its old place in line, or a while from now.
+# Give a claim back as if it had not been made; due at its old place in line, which is in the future
+# where the clock was set back, or a while from now.
 RELEASE = """
 with held as materialized (
   select q.event_id
@@ -353,7 +358,7 @@ set
   worker = null,
   attempts = greatest(q.attempts - 1, 0),
   due_at = case
-    when %(delay_seconds)s = 0 then q.queued_at
+    when %(delay_seconds)s = 0 then least(q.queued_at, now())
     else now() + %(delay_seconds)s * interval '1 second'
   end
 from held h
