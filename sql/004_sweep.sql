@@ -19,14 +19,16 @@ end
 $$;
 
 -- Postgres takes a function for volatile that doesn't say otherwise, and a view with one would compute
--- the text of every event there is, whichever was asked for. No settings, so that it costs nothing
--- where embedding_input is declared stable.
+-- the text of every event there is, whichever was asked for. This one is stable.
 create or replace function listener.input_of(p_event public.iot_events)
 returns text
-language sql
+language plpgsql
 stable
+set search_path = ''
 as $$
-  select listener.embedding_input(p_event)
+begin
+  return listener.embedding_input(p_event);
+end
 $$;
 
 -- What the service sees of the two tables in public, with the rights of the role that installed: the
