@@ -232,7 +232,7 @@ def plant(database: Database) -> Iterator[Plant]:
     database = database.with_settings(lease_seconds=36_000, retry_seconds=7_200, max_attempts=3)
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(queue_module, "_HELD_SECONDS", 36_000.0)
+        patch.setattr(queue_module, "_LATER_SECONDS", 36_000.0)
         patch.setattr(queue_module, "_PASSING_LOCK_SECONDS", (0.0,))
         device, writer = (stack.enter_context(database.session()) for _ in range(2))
         for conn in (device, writer, database.conn):
