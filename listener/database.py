@@ -41,7 +41,7 @@ _ANSWER_SECONDS = 10.0
 # statement itself, the server's state and resources, other servers. All the rest one row can bring
 # about, by what is in it or by an embedding_input of the operator's own, whose codes are free.
 _NOT_OF_A_ROW = {
-    *("08", "25", "26", "28", "34", "3D", "3F", "40", "42"),
+    *("08", "0A", "25", "26", "28", "34", "3D", "3F", "40", "42"),
     *("53", "55", "57", "58", "72", "F0", "HV"),
 }
 
