@@ -16,7 +16,8 @@ from listener.database import Connection, connect
 from listener.embedder import load_embedder
 from listener.errors import ListenerError
 from listener.finding import Finding
-from listener.install import events_problem, rights_problem, verify
+from listener.install import verify
+from listener.preflight import events_problem, rights_problem
 from listener.queue import Claim, Event, EventId, Queue
 
 

@@ -13,7 +13,7 @@ from listener.config import Settings
 from listener.database import Connection, translated
 from listener.errors import ListenerError
 from listener.finding import Finding
-from listener.install import server_problem
+from listener.preflight import server_problem
 from listener.stop import Stop
 from listener.wakeup import Wakeup
 

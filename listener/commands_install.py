@@ -9,6 +9,7 @@ from listener.catalogue import Facts, read_facts
 from listener.config import Settings, load_settings
 from listener.console import DATABASE, Command, say
 from listener.database import connect
+from listener.preflight import require_installable
 from listener.report import Report, facts_lines, require_reports_dir, write_report
 
 
@@ -29,7 +30,7 @@ def install_command(columns: str | None, dry_run: bool) -> None:
     wanted = [name.strip() for name in columns.split(",")] if columns else None
     with connect(settings, "listener-install") as conn:
         before = read_facts(conn)
-        install.require_installable(before)
+        require_installable(before)
         plan = install.plan_install(conn, before, wanted)
         if dry_run:
             click.echo(plan.script, nl=False)

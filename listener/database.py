@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psycopg
@@ -32,6 +32,8 @@ from listener.config import Settings
 from listener.errors import ConnectionLost, SchemaError, StatementTimeout
 from listener.logs import log, redact
 from listener.stop import Stop
+
+T = TypeVar("T")
 
 # The server gives a statement of the service up after 8 s and says so; silence for longer is a
 # dead link, which keepalives alone don't find where a proxy or a stopped server answers them.
@@ -148,7 +150,7 @@ def register_vector(conn: Connection) -> None:
 def translated() -> Iterator[None]:
     """Turn the driver's errors into the class that says what happens next.
 
-    Those that a single row can cause pass through: the queue isolates them.
+    Those that a single row can cause pass through, for `in_parts`.
     """
     try:
         yield
@@ -173,21 +175,53 @@ def translated() -> Iterator[None]:
             "the server is read-only: a standby or a failed-over primary"
         ) from error
     except errors.QueryCanceled as error:
-        raise StatementTimeout(describe(error)) from error
+        raise StatementTimeout(_describe(error)) from error
     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-        if is_of_a_row(error):
+        if _is_of_a_row(error):
             raise
-        raise ConnectionLost(describe(error)) from error
+        raise ConnectionLost(_describe(error)) from error
 
 
-def is_of_a_row(error: psycopg.Error) -> bool:
-    """Whether a single row can have caused what the server refused."""
+def in_parts(
+    items: Sequence[T],
+    run: Callable[[Sequence[T]], list[Any]],
+    fail: Callable[[T, str], None],
+    has_session: bool,
+) -> list[Any]:
+    """What `run` gives for all, or for halves of what is refused or takes too long.
+
+    An item that is so by itself is failed with the reason. Where the server is slow with all it
+    does, that takes too long as well, and raises. Without a session of the service's own, what took
+    too long may just have waited for a lock; then it raises at once.
+    """
+    if not items:
+        return []
+    try:
+        return run(items)
+    except StatementTimeout as error:
+        if not has_session:
+            raise
+        reason = str(error)
+    except psycopg.Error as error:
+        if not _is_of_a_row(error):
+            raise
+        reason = _describe(error)
+    if len(items) == 1:
+        fail(items[0], reason)
+        return []
+    half = len(items) // 2
+    return [
+        *in_parts(items[:half], run, fail, has_session),
+        *in_parts(items[half:], run, fail, has_session),
+    ]
+
+
+def _is_of_a_row(error: psycopg.Error) -> bool:
     state = error.diag.sqlstate
     return state is not None and state[:2] not in _NOT_OF_A_ROW
 
 
-def describe(error: psycopg.Error) -> str:
-    """Class and message in one line."""
+def _describe(error: psycopg.Error) -> str:
     message = error.diag.message_primary or " ".join(str(error).split())
     return f"{type(error).__name__}: {message}"
 

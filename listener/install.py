@@ -8,17 +8,12 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from listener.catalogue import (
-    KEY_TYPES,
-    OLDEST_SERVER,
-    Column,
-    Facts,
-    read_facts,
-)
+from listener.catalogue import Column, Facts, read_facts
 from listener.config import DIMENSION
 from listener.database import Connection, translated
 from listener.errors import SchemaError
 from listener.patience import patiently
+from listener.preflight import HIDDEN
 from listener.template import Step, fill, placeholders, sql_files, sql_text
 
 _APPLIED = "select a.file, a.digest, a.columns from listener.applied a"
@@ -39,12 +34,6 @@ end
 $$;
 """
 _LOCKING_FILES = {_EMBEDDINGS_FILE, _TRIGGERS_FILE}
-
-# An event that is hidden would pass for deleted.
-_HIDDEN = (
-    "row-level security of public.iot_events is forced on its owner too, and may hide events from "
-    "the listener; alter table public.iot_events no force row level security"
-)
 
 _MADE = re.compile(
     r"^create (?:or replace )?(?:table|view|sequence|function) (?:if not exists )?([\w.]+)",
@@ -76,76 +65,6 @@ class Plan:
         if any(step.file in _LOCKING_FILES for step in self.steps):
             scripts.insert(0, _LOCK_EVENTS)
         return "\n".join(scripts)
-
-
-def require_installable(facts: Facts) -> None:
-    """Raise SchemaError at the first thing that makes an install impossible."""
-    for problem in (server_problem(facts), events_problem(facts), rights_problem(facts)):
-        if problem:
-            raise SchemaError(problem)
-
-
-def server_problem(facts: Facts) -> str | None:
-    """What makes this server unfit, if anything."""
-    if facts.server_version < OLDEST_SERVER:
-        version = facts.server_version // 10000
-        return f"the server is PostgreSQL {version}; 15 is the oldest that works"
-    if facts.encoding != "UTF8":
-        return f"database {facts.database} is encoded in {facts.encoding}; UTF8 is needed"
-    if facts.read_only:
-        return "the server is read-only (a standby?); connect to the primary"
-    if facts.vector_schema is None and not facts.vector_available:
-        return "the extension pgvector is not on this server; install its package, then run again"
-    return None
-
-
-def events_problem(facts: Facts) -> str | None:
-    """What makes iot_events, or a table of our name, unfit, if anything."""
-    if facts.events_kind is None:
-        return f"database {facts.database} has no table public.iot_events; create it first"
-    if facts.events_kind not in ("r", "p"):
-        return "public.iot_events is not a table, and only a table takes the triggers and the key"
-    if not facts.events_permanent:
-        return (
-            "public.iot_events is unlogged, and no foreign key can refer to such a table; "
-            "alter table public.iot_events set logged"
-        )
-    if facts.key is None or facts.key.type not in KEY_TYPES:
-        found = "missing" if facts.key is None else facts.key.type
-        return f"iot_events.id is {found}; it must be one of {', '.join(KEY_TYPES)}"
-    if not facts.key_is_unique or not facts.key.not_null:
-        return "iot_events.id has no primary key or unique constraint of its own; add one"
-    if facts.embeddings_type and not facts.embeddings_type.endswith(f"vector({DIMENSION})"):
-        return (
-            f"public.event_embeddings.embedding is {facts.embeddings_type}, "
-            f"not vector({DIMENSION}); drop or rename that table"
-        )
-    if set(facts.event_id_types) - {facts.key.type}:
-        return (
-            f"iot_events.id is {facts.key.type}, and event_id in the listener's tables is "
-            f"{', '.join(facts.event_id_types)}; run `listener uninstall`, then go on as README "
-            "says under 'Altering iot_events'"
-        )
-    return None
-
-
-def rights_problem(facts: Facts) -> str | None:
-    """Which right an install lacks, if any."""
-    if not facts.owns_events:
-        return f"role {facts.role} doesn't own public.iot_events; install as its owner"
-    if facts.hides_events:
-        return _HIDDEN
-    if not facts.installed and not facts.may_create_schema:
-        return (
-            f"role {facts.role} may not create a schema; "
-            f"grant create on database {facts.database} to {facts.role}"
-        )
-    if facts.embeddings_type is None and not facts.may_create_in_public:
-        return (
-            f"role {facts.role} may not create tables in schema public; "
-            f"grant create on schema public to {facts.role}"
-        )
-    return None
 
 
 def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) -> Plan:
@@ -295,7 +214,7 @@ def verify(conn: Connection) -> Facts:
             f"vector({DIMENSION}) is needed"
         )
     if facts.hides_events:
-        raise SchemaError(_HIDDEN)
+        raise SchemaError(HIDDEN)
     if not facts.triggers_right:
         raise SchemaError(
             "the triggers on iot_events are missing, disabled or altered; run `listener install`"

@@ -5,28 +5,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import numpy as np
-import psycopg
 from numpy.typing import NDArray
 
 from listener import queries
 from listener.config import Settings
 from listener.counters import counters
-from listener.database import Connection, Vectors, describe, is_of_a_row, translated
-from listener.errors import StatementTimeout
+from listener.database import Connection, Vectors, in_parts, translated
 from listener.health import health
 from listener.logs import log
 
 EventId = int | str | UUID
 Vector = NDArray[np.float32]
-
-T = TypeVar("T")
 
 # A claim in another session locks a row for a moment while passing it by, a writer until it
 # commits; the first is worth waiting for.
@@ -148,7 +144,7 @@ class Queue:
         def fail(event_id: EventId, reason: str) -> None:
             self.fail(claim.lease, [event_id], f"embedding_input: {reason}")
 
-        rows = self._in_parts(claim.event_ids, read, fail)
+        rows = in_parts(claim.event_ids, read, fail, self._worker is not None)
         deleted = [event_id for event_id, _, is_deleted, _ in rows if is_deleted]
         if deleted:
             self._execute(queries.DISCARD, event_ids=deleted, lease=claim.lease)
@@ -177,7 +173,7 @@ class Queue:
         left = list(zip(events, vectors, strict=True))
         for seconds in (0.0, *_PASSING_LOCK_SECONDS):
             time.sleep(seconds)
-            stored.update(self._in_parts(left, write, fail))
+            stored.update(in_parts(left, write, fail, self._worker is not None))
             if len(stored) == len(events):
                 return stored
             ours = self._still_ours(lease, [e for e, _ in left])
@@ -281,40 +277,6 @@ class Queue:
     def parked(self) -> int:
         """How many events are parked."""
         return int(self._execute(queries.PARKED_COUNT)[0][0])
-
-    def _in_parts(
-        self,
-        items: Sequence[T],
-        run: Callable[[Sequence[T]], list[Any]],
-        fail: Callable[[T, str], None],
-    ) -> list[Any]:
-        """What `run` gives for all, or for halves of what is refused or takes too long.
-
-        An item that is so by itself is failed with the reason. Where the server is slow with all it
-        does, that takes too long as well, and raises.
-        """
-        if not items:
-            return []
-        try:
-            return run(items)
-        except StatementTimeout as error:
-            if self._worker is None:
-                # Without a session of its own it may just have waited for a lock, which ends other
-                # sessions' statements sooner.
-                raise
-            reason = str(error)
-        except psycopg.Error as error:
-            if not is_of_a_row(error):
-                raise
-            reason = describe(error)
-        if len(items) == 1:
-            fail(items[0], reason)
-            return []
-        half = len(items) // 2
-        return [
-            *self._in_parts(items[:half], run, fail),
-            *self._in_parts(items[half:], run, fail),
-        ]
 
     def _execute(self, statement: str, **parameters: Any) -> list[Any]:
         health.progressed()

@@ -37,7 +37,7 @@ LAYERS = (
     {"notify_systemd"},
     {"database", "health"},
     {"catalogue", "patience", "queue", "wakeup", "worker"},
-    {"backfill", "report", "search", "status", "template"},
+    {"backfill", "preflight", "report", "search", "status", "template"},
     {"engine_openvino", "engine_static", "engine_torch", "html_report", "install"},
     {"checks_link", "checks_reading", "convert", "embedder"},
     {"encoding"},

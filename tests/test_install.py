@@ -16,6 +16,7 @@ from listener.catalogue import read_facts
 from listener.config import Settings
 from listener.database import Connection, connect, register_vector
 from listener.errors import SchemaError
+from listener.preflight import require_installable
 from listener.template import Step, sql_text
 from tests.harness import Database, TinyEmbedder, listener, serving
 
@@ -25,7 +26,7 @@ NewDatabase = Callable[..., AbstractContextManager[str]]
 def install_in(conn: Connection, columns: list[str] | None = None) -> install.Plan:
     """What the command does. Returns the plan that was carried out."""
     facts = read_facts(conn)
-    install.require_installable(facts)
+    require_installable(facts)
     plan = install.plan_install(conn, facts, columns)
     install.apply_plan(conn, plan)
     install.verify(conn)

@@ -232,6 +232,8 @@ def test_an_upgrade_takes_its_locks_in_the_order_of_the_writers(database: Databa
 def test_an_upgrade_with_live_workers_loses_nothing(database: Database) -> None:
     """Every object is made again while two services claim and devices write."""
     with serving(database), serving(database), traffic(database) as devices:
+        # One that came later would refuse the old triggers.
+        wait_until(lambda: database.value("select count(*) from listener.worker") == 2)
         age(database)
         devices.wait_for_more()
 
