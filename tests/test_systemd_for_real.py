@@ -223,7 +223,8 @@ def test_a_service_that_hangs_is_restarted_by_the_watchdog(unit: Unit, database:
     database.wait_for_rest(30)
     assert "Watchdog timeout" in unit.log()
     assert "Fatal Python error: Aborted" in unit.log()
-    assert "in serve" in unit.log()
+    # The journal takes in what a dead process wrote last a moment later.
+    wait_until(lambda: "in serve" in unit.log())
 
 
 @pytest.mark.parametrize("code", [2, 3])
