@@ -223,7 +223,7 @@ def test_a_service_that_hangs_is_restarted_by_the_watchdog(unit: Unit, database:
     database.wait_for_rest(30)
     assert "Watchdog timeout" in unit.log()
     assert "Fatal Python error: Aborted" in unit.log()
-    # The journal takes in what a dead process wrote last a moment later.
+    # The journal may take in what a dead process wrote last after what its successor wrote.
     wait_until(lambda: "in serve" in unit.log())
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from listener.embedded import Server
 from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
 from tests.test_processes_may_die import Spawn, start_with_claim
-from tests.test_the_database_may_fail import installed
-
-MakeServer = Callable[..., Server]
+from tests.test_the_database_may_fail import MakeServer, installed
 
 _LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 pytestmark = pytest.mark.skipif(_LIBRARY is None, reason="no libfaketime on this machine")
