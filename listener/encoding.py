@@ -24,7 +24,7 @@ Vector = NDArray[np.float32]
 
 _KNOWN_TEXT = "pump 7 reports a temperature of 71 degrees"
 _UNIT_TOLERANCE = 1e-3
-# A longer text would take more memory than its vector.
+# In characters, each of up to four bytes: a longer text would take more memory than its vector.
 _LONGEST_KEY = 400
 
 
