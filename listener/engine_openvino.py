@@ -155,6 +155,9 @@ def _compile(core: Any, directory: Path, precision: str) -> Any:
         "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)),
         # Two workers that both pin their threads to core 0 wait for each other.
         "ENABLE_CPU_PINNING": False,
+        # OpenVINO keeps what it compiled for each shape, a quarter of a MiB, of the last 5,000; so
+        # many shapes are met within days. These are enough for the lengths that come all the time.
+        "CPU_RUNTIME_CACHE_CAPACITY": 256,
     }
     # What compiling gives, kept. `listener model convert` makes it; OpenVINO fails where it can't.
     if (directory / COMPILED).is_dir():

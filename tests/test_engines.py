@@ -261,6 +261,56 @@ def test_bf16_is_refused_by_a_cpu_or_an_engine_without_it(
         load_embedder(replace(settings, engine="torch"))
 
 
+# --- a long run ----------------------------------------------------------------------------------
+
+
+_ENCODE_MANY_SHAPES = """
+import random
+import sys
+from pathlib import Path
+from listener.config import Settings
+from listener.embedder import load_embedder
+
+def resident():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+settings = Settings(embedding_model=sys.argv[1], model_cache=Path(sys.argv[2]), engine="openvino")
+embedder = load_embedder(settings)
+shapes = [(texts, words) for texts in range(1, 17) for words in range(1, 41)]
+random.Random(1).shuffle(shapes)
+embedder.encode(["pump " * 40] * 16)
+grown = []
+for texts, words in shapes:
+    embedder.encode(["pump " * words] * texts)
+    grown.append(resident())
+half = len(grown) // 2
+print(grown[half] - grown[0], grown[-1] - grown[half])
+"""
+
+
+def test_openvinos_memory_stops_growing_with_the_shapes_that_it_has_met(
+    converted: Settings,
+) -> None:
+    """Of 640 shapes, all of them new, the second half adds less than half of what the first did."""
+    finished = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            _ENCODE_MANY_SHAPES,
+            converted.embedding_model,
+            str(converted.model_cache),
+        ],
+        env=environment(converted),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    first, second = (float(mebibytes) for mebibytes in finished.stdout.split())
+    assert second < first / 2, f"{first:.0f} MiB, then {second:.0f}"
+
+
 # --- a lean start --------------------------------------------------------------------------------
 
 
