@@ -26,6 +26,8 @@ _KNOWN_TEXT = "pump 7 reports a temperature of 71 degrees"
 _UNIT_TOLERANCE = 1e-3
 # In characters, each of up to four bytes: a longer text would take more memory than its vector.
 _LONGEST_KEY = 400
+# In characters for each token that the model computes; words and their spaces rarely have so many.
+_TOKEN_CHARACTERS = 16
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,24 @@ class Encoder:
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         try:
-            return self._embedder.lengths(texts)
+            return self._embedder.lengths([self._beginning(text) for text in texts])
         except Exception:  # noqa: BLE001  any library error; `encode` meets it again and says whose
             return [1] * len(texts)
+
+    def _beginning(self, text: str) -> str:
+        """As much of a long text as fills the model, so that the vector is the same.
+
+        A tokenizer would take seconds and gigabytes for what the model then leaves out. Cut at a
+        space, where no tokenizer sees one word.
+        """
+        most = self._embedder.max_tokens
+        end = _TOKEN_CHARACTERS * (most or len(text))
+        while most and end < len(text):
+            beginning = text[: max(text.rfind(" ", 0, end), text.rfind("\n", 0, end), 0)]
+            if self._embedder.lengths([beginning])[0] >= most:
+                return beginning
+            end *= 2
+        return text
 
     def submit(self, texts: Sequence[str]) -> Future[Encoded]:
         """Encode on the model's thread. The future raises ModelFault if the model can't run."""
@@ -125,7 +142,7 @@ class Encoder:
         if not texts:
             return []
         try:
-            vectors = self._embedder.encode(texts)
+            vectors = self._embedder.encode([self._beginning(text) for text in texts])
         except Exception as error:  # noqa: BLE001  any library error; the halves tell whose it is
             if len(texts) == 1:
                 return [EmbeddingError(f"{type(error).__name__}: {error}")]

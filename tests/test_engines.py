@@ -18,6 +18,7 @@ from listener.config import Settings
 from listener.convert import convert
 from listener.counters import counters
 from listener.embedder import Embedder, choose_engine, load_embedder
+from listener.encoding import Encoder
 from listener.errors import ConfigError
 from listener.model import locate
 from listener.passes import plan_passes
@@ -68,6 +69,13 @@ def encoded(embedder: Embedder, texts: list[str]) -> NDArray[np.float32]:
     return vectors
 
 
+@pytest.fixture(scope="module")
+def engines(converted: Settings) -> dict[str, Embedder]:
+    """Real weights on each engine."""
+    names = ("torch", "openvino")
+    return {name: load_embedder(replace(converted, engine=name)) for name in names}
+
+
 def least_cosine(settings: Settings, texts: list[str]) -> float:
     """Between the engine of the settings and torch, over the texts."""
     torch_vectors = encoded(load_embedder(replace(settings, engine="torch")), texts)
@@ -98,6 +106,35 @@ def test_openvino_gives_the_vectors_of_torch_for_gte_smalls_fp16_files(
     assert (folder / engine_openvino.WEIGHTS).stat().st_size > 130_000_000
     assert least_cosine(settings, mixed_texts(100)) >= EXACT
     assert load_embedder(settings).max_tokens == 512
+
+
+BLOB = "QUJDRGVm" * 2_000
+LONG_TEXTS = {
+    "words": "pump 7 is hot, " * 3_000,
+    "lines": "pump\nhot\n" * 3_000,
+    "a blob, then words": f"photo {BLOB} of the leaking valve " + "at the gate " * 3_000,
+    "a blob over the cut": "valve " * 600 + BLOB + " leaks " * 3_000,
+    "spaces, then words": " " * 20_000 + "pump hot " * 3_000,
+    "spaces, then few words": " " * 20_000 + "pump hot",
+    "controls that don't part words": "pump\x1chot " * 3_000,
+    "without a space": "温度过高。" * 4_000,
+    "one word": BLOB * 3,
+}
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
+def test_a_long_texts_vector_is_that_of_all_of_it(
+    engines: dict[str, Embedder], engine: str, text: str
+) -> None:
+    """Though a tokenizer reads no more of it than fills the model."""
+    embedder = engines[engine]
+    encoder = Encoder(lambda: embedder, cache_texts=0)
+
+    (vector,) = encoder.encode([text]).results
+
+    encoder.close()
+    np.testing.assert_array_equal(vector, embedder.encode([text])[0])
 
 
 def test_a_static_embedding_in_numpy_gives_the_vectors_of_torch_for_a_thousand_texts(

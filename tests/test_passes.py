@@ -92,6 +92,23 @@ def test_a_text_that_no_tokenizer_takes_is_left_to_the_encode() -> None:
     encoder.close()
 
 
+def test_of_a_long_text_the_model_is_given_what_fills_it() -> None:
+    """Up to a space; all of it only where no beginning fills the model."""
+    embedder = TinyEmbedder()
+    encoder = Encoder(lambda: embedder, cache_texts=0)
+    words, blob = "word " * 100_000, "x" * 1_000_000
+
+    encoder.encode([words])
+    encoder.encode([blob])
+
+    beginning, whole = embedder.encoded
+    assert words.startswith(beginning)
+    assert beginning.endswith("word")
+    assert 512 <= len(beginning.split()) < 2_000
+    assert whole == blob
+    encoder.close()
+
+
 def test_a_new_event_passes_the_rest_of_a_claimed_backfill(database: Database) -> None:
     """It waits for the passes that the model has, not for the claim."""
     embedder = TinyEmbedder()
