@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from bench import (
@@ -113,12 +114,15 @@ def _parts(cluster: Cluster, sizes: Sizes, pictures: Path) -> Iterator[str]:
     yield writers.section(samples, sizes.seconds).markdown()
     plots.draw_writers(samples, machine, pictures / "bench_writers.svg")
     yield "![Writers](bench_writers.svg)"
+    model = find_model(sizes.models[-1], cluster.folder)
+    samples = writers.measure_with(cluster, model, sizes.seconds, sizes.writer_rounds)
+    yield writers.section(samples, sizes.seconds, model).markdown()
     for section in _sections(cluster, sizes):
         yield section.markdown()
 
 
 def _sections(cluster: Cluster, sizes: Sizes) -> Iterator[Section]:
-    for name, engine in _models_and_engines(sizes):
+    for name, engine in product(sizes.models, systems.engines()):
         model = find_model(name, cluster.folder)
         yield latency.run(cluster, model, sizes.inserts, engine)
         yield drain.run(cluster, model, sizes.texts, sizes.drain_rounds, engine)
@@ -129,12 +133,3 @@ def _sections(cluster: Cluster, sizes: Sizes) -> Iterator[Section]:
     yield health.backlog(cluster, sizes.backlog)
     yield health.held_snapshot(cluster, sizes.held_seconds)
     yield scale.run(sizes.sizes)
-
-
-def _models_and_engines(sizes: Sizes) -> list[tuple[str, str]]:
-    """Every engine with the shape of the model that the service takes by default."""
-    return [
-        (name, engine)
-        for name in sizes.models
-        for engine in (systems.engines() if name == GTE_SHAPE else [systems.TORCH])
-    ]

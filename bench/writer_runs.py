@@ -49,10 +49,18 @@ class Sample:
 
 
 def measure_variants(
-    cluster: Cluster, variants: Sequence[Variant], clients: Sequence[int], seconds: int, rounds: int
+    cluster: Cluster,
+    variants: Sequence[Variant],
+    clients: Sequence[int],
+    seconds: int,
+    rounds: int,
+    model: Path | None = None,
 ) -> list[Sample]:
-    """Short runs of all variants in turn, the order turned round every other round."""
-    model = static(cluster.folder)
+    """Short runs of all variants in turn, the order turned round every other round.
+
+    The workers have `model`; None is one that costs next to nothing.
+    """
+    model = model or static(cluster.folder)
     samples: list[Sample] = []
     with ExitStack() as stack:
         urls = {v.name: stack.enter_context(_database(cluster, v)) for v in variants}

@@ -7,6 +7,7 @@ from statistics import median
 
 from bench import plain_recipe, systems
 from bench.cluster import Cluster
+from bench.models import Model
 from bench.report import Section, at_least
 from bench.rows import Row
 from bench.systems import LISTENER
@@ -27,8 +28,8 @@ def install_nothing(url: str) -> None:
     """The baseline is the bare table."""
 
 
-def _variants() -> list[Variant]:
-    ours = systems.listener()
+def _variants(engine: str = systems.AUTO) -> list[Variant]:
+    ours = systems.listener(engine)
     return [
         Variant(NOTHING, "writers_nothing", install_nothing),
         Variant(TRIGGER, "writers_trigger", ours.install),
@@ -52,21 +53,34 @@ def measure(cluster: Cluster, clients: Sequence[int], seconds: int, rounds: int)
     return measure_variants(cluster, _variants(), clients, seconds, rounds)
 
 
-def section(samples: Sequence[Sample], seconds: int) -> Section:
-    """Every variant at every number of clients."""
+def measure_with(cluster: Cluster, model: Model, seconds: int, rounds: int) -> list[Sample]:
+    """Many clients while the workers encode with this model: the listener and the plain recipe."""
+    kept = (NOTHING, LISTENER, PLAIN, f"{PLAIN}, batched")
+    variants = [variant for variant in _variants(systems.TORCH) if variant.name in kept]
+    return measure_variants(cluster, variants, [MANY_CLIENTS], seconds, rounds, model.directory)
+
+
+def section(samples: Sequence[Sample], seconds: int, model: Model | None = None) -> Section:
+    """Every variant at every number of clients; with a model, what `measure_with` found."""
     rounds = 1 + max(sample.round for sample in samples)
     measured = dict.fromkeys((sample.clients, sample.variant) for sample in samples)
+    workers = (
+        "The workers encode with a model that takes all the processor that it gets, and with "
+        "torch. The listener has nice 10, which it takes by itself."
+        if model
+        else "The workers have a static-embedding model, which costs next to nothing. The "
+        "listener's trigger alone runs with its gate open, that is, without NOTIFY. Peers other "
+        f"than the plain recipe from {MANY_CLIENTS} clients on."
+    )
     return Section(
-        "Writers",
+        f"Writers, model {model.name}" if model else "Writers",
         f"pgbench, prepared single-row inserts, {rounds} rounds of {seconds} s each, the variants "
         "in turn, each on a database of its own, all on one server, on the same cores as pgbench "
-        "and the workers. Where the trigger is not said to be alone, the system's worker runs. tps "
-        "is the median of the rounds; a ratio is the median of the rounds' ratios. The workers "
-        "have a static-embedding model, which costs next to nothing; started before each of their "
-        "runs, ended after it. The listener's trigger alone runs with its gate open, that is, "
-        f"without NOTIFY. Peers other than the plain recipe from {MANY_CLIENTS} clients on.",
+        "and the workers. Where the trigger is not said to be alone, the system's worker runs, "
+        "started before each of its runs, ended after it. tps is the median of the rounds; a ratio "
+        f"is the median of the rounds' ratios. {workers}",
         ("clients", "variant", "tps", "of no trigger", "of plain recipe", "target", "embedded/s"),
-        tuple(_cells(samples, clients, variant) for clients, variant in measured),
+        tuple(_cells(samples, *one, has_target=model is None) for one in measured),
         (
             "embedded/s: vectors stored while the writers wrote; the rest waits in the queue, "
             "and is left out of account",
@@ -94,22 +108,26 @@ def _row(samples: Sequence[Sample], clients: int) -> Row:
     )
 
 
-def _cells(samples: Sequence[Sample], clients: int, variant: str) -> tuple[str, ...]:
-    of_nothing = ratio(samples, clients, variant, NOTHING)
-    of_plain = ratio(samples, clients, variant, PLAIN)
-    verdict = ""
+def _target(samples: Sequence[Sample], clients: int, variant: str) -> str:
     if variant == TRIGGER:
         target = _TARGET_OF_ONE if clients == 1 else _TARGET_OF_MANY
-        verdict = f"{at_least(of_nothing, target)} (of {NOTHING})"
-    elif variant == LISTENER and clients >= MANY_CLIENTS:
-        verdict = f"{at_least(of_plain, _TARGET_OVER_PLAIN)} (of {PLAIN})"
+        return f"{at_least(ratio(samples, clients, variant, NOTHING), target)} (of {NOTHING})"
+    if variant == LISTENER and clients >= MANY_CLIENTS:
+        of_plain = ratio(samples, clients, variant, PLAIN)
+        return f"{at_least(of_plain, _TARGET_OVER_PLAIN)} (of {PLAIN})"
+    return ""
+
+
+def _cells(
+    samples: Sequence[Sample], clients: int, variant: str, *, has_target: bool
+) -> tuple[str, ...]:
     own = [s.embedded for s in samples if s.clients == clients and s.variant == variant]
     return (
         str(clients),
         variant,
         f"{tps(samples, clients, variant):.0f}",
-        f"{of_nothing:.3f}",
-        f"{of_plain:.2f}",
-        verdict,
+        f"{ratio(samples, clients, variant, NOTHING):.3f}",
+        f"{ratio(samples, clients, variant, PLAIN):.2f}",
+        _target(samples, clients, variant) if has_target else "",
         f"{median(own):.0f}" if median(own) else "",
     )
