@@ -104,8 +104,10 @@ class Encoder:
         space, where no tokenizer sees one word.
         """
         most = self._embedder.max_tokens
-        end = _TOKEN_CHARACTERS * (most or len(text))
-        while most and end < len(text):
+        if most is None:
+            return text
+        end = most * _TOKEN_CHARACTERS
+        while end < len(text):
             beginning = text[: max(text.rfind(" ", 0, end), text.rfind("\n", 0, end), 0)]
             if self._embedder.lengths([beginning])[0] >= most:
                 return beginning
