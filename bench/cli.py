@@ -126,17 +126,15 @@ def devices_command(sample: int, model: str) -> None:
 )
 @click.option("--seconds", type=click.IntRange(1), default=FULL.seconds, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=FULL.writer_rounds, show_default=True)
-@click.option("--model", help="What the workers encode with, 32 clients; by default a free one.")
+@click.option(
+    "--model", help="What the workers encode with; by default what costs next to nothing."
+)
 def writers_command(clients: tuple[int, ...], seconds: int, rounds: int, model: str | None) -> None:
     """What a writer pays for the trigger, the service, and for each peer."""
     with running_cluster() as cluster:
-        if model:
-            chosen = find_model(model, cluster.folder)
-            samples = writers.measure_with(cluster, chosen, seconds, rounds)
-            click.echo(writers.section(samples, seconds, chosen).markdown())
-            return
-        samples = writers.measure(cluster, clients, seconds, rounds)
-        click.echo(writers.section(samples, seconds).markdown())
+        chosen = find_model(model, cluster.folder) if model else None
+        samples = writers.measure(cluster, clients, seconds, rounds, chosen)
+        click.echo(writers.section(samples, seconds, chosen).markdown())
 
 
 @cli.command("scale")

@@ -115,7 +115,8 @@ def _parts(cluster: Cluster, sizes: Sizes, pictures: Path) -> Iterator[str]:
     plots.draw_writers(samples, machine, pictures / "bench_writers.svg")
     yield "![Writers](bench_writers.svg)"
     model = find_model(sizes.models[-1], cluster.folder)
-    samples = writers.measure_with(cluster, model, sizes.seconds, sizes.writer_rounds)
+    many = [writers.MANY_CLIENTS]
+    samples = writers.measure(cluster, many, sizes.seconds, sizes.writer_rounds, model)
     yield writers.section(samples, sizes.seconds, model).markdown()
     for section in _sections(cluster, sizes):
         yield section.markdown()

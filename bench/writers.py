@@ -48,20 +48,23 @@ def _variants(engine: str = systems.AUTO) -> list[Variant]:
     ]
 
 
-def measure(cluster: Cluster, clients: Sequence[int], seconds: int, rounds: int) -> list[Sample]:
-    """Every variant."""
-    return measure_variants(cluster, _variants(), clients, seconds, rounds)
-
-
-def measure_with(cluster: Cluster, model: Model, seconds: int, rounds: int) -> list[Sample]:
-    """Many clients while the workers encode with this model: the listener and the plain recipe."""
+def measure(
+    cluster: Cluster,
+    clients: Sequence[int],
+    seconds: int,
+    rounds: int,
+    model: Model | None = None,
+) -> list[Sample]:
+    """Every variant; with a model, the listener and the plain recipe while they encode with it."""
+    if model is None:
+        return measure_variants(cluster, _variants(), clients, seconds, rounds)
     kept = (NOTHING, LISTENER, PLAIN, f"{PLAIN}, batched")
     variants = [variant for variant in _variants(systems.TORCH) if variant.name in kept]
-    return measure_variants(cluster, variants, [MANY_CLIENTS], seconds, rounds, model.directory)
+    return measure_variants(cluster, variants, clients, seconds, rounds, model.directory)
 
 
 def section(samples: Sequence[Sample], seconds: int, model: Model | None = None) -> Section:
-    """Every variant at every number of clients; with a model, what `measure_with` found."""
+    """Every variant at every number of clients; `model` as in `measure`."""
     rounds = 1 + max(sample.round for sample in samples)
     measured = dict.fromkeys((sample.clients, sample.variant) for sample in samples)
     workers = (

@@ -302,8 +302,8 @@ def test_bf16_is_refused_by_a_cpu_or_an_engine_without_it(
 
 
 _ENCODE_MANY_SHAPES = """
+import os
 import random
-import sys
 from pathlib import Path
 from listener.config import Settings
 from listener.embedder import load_embedder
@@ -312,8 +312,7 @@ def resident():
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
-settings = Settings(embedding_model=sys.argv[1], model_cache=Path(sys.argv[2]), engine="openvino")
-embedder = load_embedder(settings)
+embedder = load_embedder(Settings.from_environment(os.environ))
 shapes = [(texts, words) for texts in range(1, 17) for words in range(1, 41)]
 random.Random(1).shuffle(shapes)
 embedder.encode(["pump " * 40] * 16)
@@ -331,14 +330,8 @@ def test_openvinos_memory_stops_growing_with_the_shapes_that_it_has_met(
 ) -> None:
     """Of 640 shapes, all of them new, the second half adds less than half of what the first did."""
     finished = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            _ENCODE_MANY_SHAPES,
-            converted.embedding_model,
-            str(converted.model_cache),
-        ],
-        env=environment(converted),
+        [sys.executable, "-c", _ENCODE_MANY_SHAPES],
+        env=environment(replace(converted, engine="openvino")),
         capture_output=True,
         text=True,
         check=True,
