@@ -85,8 +85,17 @@ class StaticEmbedder:
         return sums
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Roughly the tokens of each text: nothing is padded, so only a long one stands out."""
-        return [(len(text) // _ROUGHLY + 1) * _ROUGHLY // 4 for text in texts]
+        """Roughly the tokens of each text: nothing is padded, so only a long one stands out.
+
+        Exactly where that would fill the model: else too little of a text might be taken for all.
+        """
+        return [self._length(text) for text in texts]
+
+    def _length(self, text: str) -> int:
+        roughly = (len(text) // _ROUGHLY + 1) * _ROUGHLY // 4
+        if self.max_tokens is None or roughly < self.max_tokens:
+            return roughly
+        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def count_tokens(self, text: str) -> int:
         """How many tokens the whole text has."""

@@ -70,10 +70,11 @@ def encoded(embedder: Embedder, texts: list[str]) -> NDArray[np.float32]:
 
 
 @pytest.fixture(scope="module")
-def engines(converted: Settings) -> dict[str, Embedder]:
-    """Real weights on each engine."""
+def engines(converted: Settings, static_model: Path) -> dict[str, Embedder]:
+    """Each, with a model that cuts long texts; real weights but for the static embedding."""
     names = ("torch", "openvino")
-    return {name: load_embedder(replace(converted, engine=name)) for name in names}
+    engines = {name: load_embedder(replace(converted, engine=name)) for name in names}
+    return engines | {"static": load_embedder(Settings(embedding_model=str(static_model)))}
 
 
 def least_cosine(settings: Settings, texts: list[str]) -> float:
@@ -122,7 +123,7 @@ LONG_TEXTS = {
 }
 
 
-@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize("engine", ["torch", "openvino", "static"])
 @pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
 def test_a_long_texts_vector_is_that_of_all_of_it(
     engines: dict[str, Embedder], engine: str, text: str
@@ -190,14 +191,10 @@ def test_both_engines_count_a_texts_tokens_alike(converted: Settings) -> None:
 
 @pytest.mark.parametrize("engine", ["torch", "openvino", "static"])
 def test_each_engine_counts_the_texts_that_it_cuts(
-    converted: Settings, static_model: Path, engine: str
+    engines: dict[str, Embedder], engine: str
 ) -> None:
     """Long in bytes is not long in tokens; asking for a length counts nothing."""
-    if engine == "static":
-        settings = Settings(embedding_model=str(static_model))
-    else:
-        settings = replace(converted, engine=engine)
-    embedder = load_embedder(settings)
+    embedder = engines[engine]
     limit = embedder.max_tokens or 0
     texts = ["antidisestablishmentarianism " * 12, "pump " * (limit - 2), "pump " * (limit + 1)]
     before = counters.texts_truncated
