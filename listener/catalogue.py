@@ -46,6 +46,20 @@ order by a.attnum
 """
 
 _FACTS = """
+with unique_alone as (
+  select i.indrelid, a.attname
+  from pg_catalog.pg_index i
+  join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
+  where i.indrelid in (
+      to_regclass('public.iot_events'),
+      to_regclass('public.event_embeddings')
+    )
+    and i.indisunique
+    and i.indisvalid
+    and i.indimmediate
+    and i.indnkeyatts = 1
+    and i.indpred is null
+)
 select
   current_setting('server_version_num')::integer as server_version,
   current_database() as database,
@@ -63,16 +77,7 @@ select
   t.relkind::text as events_kind,
   coalesce(t.relpersistence = 'p', false) as events_permanent,
   exists (
-    select from pg_catalog.pg_index i
-    join pg_catalog.pg_attribute a
-      on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
-    where i.indrelid = t.oid
-      and a.attname = 'id'
-      and i.indisunique
-      and i.indisvalid
-      and i.indimmediate
-      and i.indnkeyatts = 1
-      and i.indpred is null
+    select from unique_alone u where u.indrelid = t.oid and u.attname = 'id'
   ) as key_is_unique,
   coalesce(pg_has_role(t.relowner, 'usage'), false) as owns_events,
   -- From the one who sees them for the service: the owner of the view, or who will be.
@@ -97,6 +102,17 @@ select
    where a.attrelid = to_regclass('public.event_embeddings')
      and a.attname = 'embedding'
      and not a.attisdropped) as embeddings_type,
+  array(
+    select a.attname::text
+    from pg_catalog.pg_attribute a
+    where a.attrelid = to_regclass('public.event_embeddings')
+      and a.attnum > 0
+      and not a.attisdropped
+  ) as embeddings_columns,
+  exists (
+    select from unique_alone u
+    where u.indrelid = to_regclass('public.event_embeddings') and u.attname = 'event_id'
+  ) as embeddings_key_is_unique,
   exists (
     select from pg_catalog.pg_constraint c
     where c.conrelid = to_regclass('public.event_embeddings')
@@ -179,6 +195,8 @@ class Facts:
     worker_role_exists: bool
     installed: bool
     embeddings_type: str | None
+    embeddings_columns: list[str]
+    embeddings_key_is_unique: bool
     embeddings_go_with_events: bool
     event_id_types: list[str]
     triggers: dict[str, str]

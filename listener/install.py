@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from listener.catalogue import Column, Facts, read_facts
-from listener.config import DIMENSION
 from listener.database import Connection, translated
 from listener.errors import SchemaError
 from listener.patience import patiently
-from listener.preflight import HIDDEN
+from listener.preflight import HIDDEN, embeddings_problem
 from listener.template import Step, fill, placeholders, sql_files, sql_text
 
 _APPLIED = "select a.file, a.digest, a.columns from listener.applied a"
@@ -208,11 +207,8 @@ def verify(conn: Connection) -> Facts:
     facts = read_facts(conn)
     if not (facts.installed and facts.embeddings_type):
         raise SchemaError("the listener is not installed in this database; run `listener install`")
-    if not facts.embeddings_type.endswith(f"vector({DIMENSION})"):
-        raise SchemaError(
-            f"public.event_embeddings.embedding is {facts.embeddings_type}; "
-            f"vector({DIMENSION}) is needed"
-        )
+    if problem := embeddings_problem(facts):
+        raise SchemaError(problem)
     if facts.hides_events:
         raise SchemaError(HIDDEN)
     if not facts.triggers_right:

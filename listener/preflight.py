@@ -6,6 +6,7 @@ from listener.catalogue import KEY_TYPES, OLDEST_SERVER, Facts
 from listener.config import DIMENSION
 from listener.errors import SchemaError
 
+_EMBEDDINGS_COLUMNS = ("event_id", "embedding", "model", "content_hash", "embedded_at")
 # An event that is hidden would pass for deleted.
 HIDDEN = (
     "row-level security of public.iot_events is forced on its owner too, and may hide events from "
@@ -50,16 +51,36 @@ def events_problem(facts: Facts) -> str | None:
         return f"iot_events.id is {found}; it must be one of {', '.join(KEY_TYPES)}"
     if not facts.key_is_unique or not facts.key.not_null:
         return "iot_events.id has no primary key or unique constraint of its own; add one"
-    if facts.embeddings_type and not facts.embeddings_type.endswith(f"vector({DIMENSION})"):
-        return (
-            f"public.event_embeddings.embedding is {facts.embeddings_type}, "
-            f"not vector({DIMENSION}); drop or rename that table"
-        )
+    if problem := embeddings_problem(facts):
+        return problem
     if set(facts.event_id_types) - {facts.key.type}:
         return (
             f"iot_events.id is {facts.key.type}, and event_id in the listener's tables is "
             f"{', '.join(facts.event_id_types)}; run `listener uninstall`, then go on as README "
             "says under 'Altering iot_events'"
+        )
+    return None
+
+
+def embeddings_problem(facts: Facts) -> str | None:
+    """What makes an event_embeddings that is there unfit, if anything."""
+    if not facts.embeddings_columns:
+        return None
+    if facts.embeddings_type and not facts.embeddings_type.endswith(f"vector({DIMENSION})"):
+        return (
+            f"public.event_embeddings.embedding is {facts.embeddings_type}, "
+            f"not vector({DIMENSION}); drop or rename that table"
+        )
+    missing = [name for name in _EMBEDDINGS_COLUMNS if name not in facts.embeddings_columns]
+    if missing:
+        return (
+            f"public.event_embeddings has no column {', '.join(missing)}, so it is not the "
+            "listener's; drop or rename that table"
+        )
+    if not facts.embeddings_key_is_unique:
+        return (
+            "public.event_embeddings.event_id has no primary key of its own; add it, or drop or "
+            "rename that table"
         )
     return None
 

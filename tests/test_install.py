@@ -277,6 +277,15 @@ def test_a_writer_without_any_right_on_the_schema_inserts_and_updates(database: 
             "create table public.event_embeddings (event_id bigint, embedding vector(768))",
             r"vector\(768\)",
         ),
+        (
+            "create table public.event_embeddings (id bigint, embedding vector(384), model text)",
+            "has no column event_id, content_hash, embedded_at",
+        ),
+        (
+            "create table public.event_embeddings (event_id bigint, embedding vector(384), "
+            "model text, content_hash bytea, embedded_at timestamptz)",
+            "event_embeddings.event_id has no primary key",
+        ),
     ],
 )
 def test_what_makes_an_install_impossible_is_said_before_anything_is_done(
