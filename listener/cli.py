@@ -12,6 +12,10 @@ from listener import __version__, commands_install, commands_read, commands_run
 from listener.console import say
 from listener.errors import ListenerError
 
+# For each session of ours, whatever shell, role or database say: all texts, and the only style of
+# dates that the driver reads.
+_SESSION = {"PGCLIENTENCODING": "UTF8", "PGDATESTYLE": "ISO"}
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
@@ -41,6 +45,7 @@ def main() -> None:
     # Nothing here goes to the network for a model, but `model fetch`.
     if sys.argv[1:3] != ["model", "fetch"]:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.update(_SESSION)
     sys.exit(_run())
 
 

@@ -141,7 +141,7 @@ def _state(state: EventState, model: str) -> str:
     if state.model is None:
         return "not embedded and not queued: outside the scope, see `listener backfill`"
     current = "current" if state.is_current and state.model == model else "outdated"
-    return f"embedded {state.embedded_at:%Y-%m-%d %H:%M:%S}, {current}, {state.model}"
+    return f"embedded {state.embedded_at:%Y-%m-%d %H:%M:%S %Z}, {current}, {state.model}"
 
 
 def _indented(text: str) -> str:

@@ -102,7 +102,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
     for worker in status["workers"]:
         lines.append(
             f"worker          {worker['worker']} on {worker['host']}, pid {worker['pid']}, "
-            f"since {worker['started_at']:%Y-%m-%d %H:%M:%S}, {worker['model']}"
+            f"since {worker['started_at']:%Y-%m-%d %H:%M:%S %Z}, {worker['model']}"
         )
     if not status["workers"]:
         lines.append("worker          none")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from listener.config import Settings
-from tests.harness import Database, listener, serving, wait_until
+from tests.harness import Command, Database, listener, serving, wait_until
 
 
 def test_status_counts_and_says_what_the_scope_is(static: Database) -> None:
@@ -37,6 +38,23 @@ def test_a_worker_is_listed_while_it_lives(database: Database) -> None:
         )
 
     assert "worker          none" in listener(database.settings, "status").stdout
+
+
+def test_shell_and_database_change_neither_a_text_nor_what_a_command_can_read(
+    static: Database, spawn: Callable[..., Command]
+) -> None:
+    """Encoding and style of dates are the listener's own in each of its sessions."""
+    static.rows(f"alter database {static.conn.info.dbname} set datestyle = 'German'")
+    (event_id,) = static.insert("Überdruck 🚰")
+
+    service = spawn(static.settings, "run", PGCLIENTENCODING="SQL_ASCII", PGDATESTYLE="SQL")
+    service.wait_for("batch_stored")
+    status = json.loads(listener(static.settings, "status", "--json").stdout)
+    shown = listener(static.settings, "show", str(event_id), PGCLIENTENCODING="LATIN1")
+
+    assert (status["scope"]["current"], len(status["workers"])) == (1, 1)
+    assert "message: Überdruck 🚰" in shown.stdout
+    assert re.search(r"state +embedded .*, current, ", shown.stdout)
 
 
 def test_show_tells_text_tokens_state_and_neighbours(static: Database) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -14,8 +15,9 @@ from listener.embedded import Server
 from listener.queue import Queue
 from tests.harness import Database, TinyEmbedder, install_demo, is_asleep, serving, wait_until
 from tests.test_install import install_in
-from tests.test_writers_are_safe import STRICT, UPDATE, impatient, insert, prepare
+from tests.test_writers_are_safe import STRICT, UPDATE, impatient, insert, partition, prepare
 
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 SWITCH = "; ".join(
     f"alter table public.iot_events disable trigger listener_{verb}"
     for verb in ("inserted", "updated")
@@ -59,6 +61,31 @@ def test_a_prepared_transaction_is_refused_only_where_it_had_to_notify(database:
         prepare(database, "embedded")
         database.rows("commit prepared 'one'")
         wait_until(database.embedded)
+
+
+def test_a_partition_goes_once_its_vectors_are_deleted(database: Database) -> None:
+    """By the three statements of the README; the service goes on with the others."""
+    partition(database)
+    database.rows("insert into public.iot_events values (1, 'old'), (11, 'new')")
+    with serving(database):
+        wait_until(lambda: set(database.embedded()) == {1, 11})
+        with pytest.raises(psycopg.errors.ForeignKeyViolation, match="removing partition"):
+            database.rows("alter table public.iot_events detach partition public.early")
+        with pytest.raises(psycopg.errors.DependentObjectsStillExist, match="cannot drop table"):
+            database.rows("drop table public.early")
+
+        for statement in (
+            "delete from public.event_embeddings m using public.early p where m.event_id = p.id",
+            "alter table public.iot_events detach partition public.early",
+            "drop table public.early",
+        ):
+            assert statement.replace("early", "PARTITION") in README
+            database.rows(statement)
+
+        database.rows("insert into public.iot_events values (12, 'newer')")
+        wait_until(lambda: set(database.embedded()) == {11, 12})
+        database.wait_for_rest()
+    database.assert_invariant()
 
 
 @pytest.fixture

@@ -240,25 +240,31 @@ def test_a_transaction_prepared_before_the_service_slept_is_embedded_when_it_com
         wait_until(lambda: len(database.embedded()) == 2)
 
 
-def test_rows_written_straight_into_a_partition_are_found_by_the_sweep(
-    database: Database,
-) -> None:
-    """A partitioned iot_events can be installed; those written by its name are queued at once."""
+def partition(database: Database) -> None:
+    """Another iot_events, installed, of two partitions: `early` below 10, and `part`."""
     database.rows("drop table public.iot_events, public.event_embeddings cascade")
     database.rows("drop schema listener cascade")
     database.rows(
         "create table public.iot_events (id bigint primary key, message text) "
         "partition by range (id)"
     )
+    database.rows("create table early partition of public.iot_events for values from (0) to (10)")
     database.rows("create table part partition of public.iot_events default")
     install_in(database.conn)
 
-    database.rows("insert into public.iot_events values (1, 'queued'), (2, 'deleted')")
-    database.rows("insert into part values (3, 'found')")
-    assert [row[0] for row in database.queue()] == [1, 2]
-    database.rows("delete from part where id = 2")
+
+def test_rows_written_straight_into_a_partition_are_found_by_the_sweep(
+    database: Database,
+) -> None:
+    """A partitioned iot_events can be installed; those written by its name are queued at once."""
+    partition(database)
+
+    database.rows("insert into public.iot_events values (11, 'queued'), (12, 'deleted')")
+    database.rows("insert into part values (13, 'found')")
+    assert [row[0] for row in database.queue()] == [11, 12]
+    database.rows("delete from part where id = 12")
     with serving(database):
-        wait_until(lambda: set(database.embedded()) == {1, 3})
+        wait_until(lambda: set(database.embedded()) == {11, 13})
         database.wait_for_rest()
 
     database.assert_invariant()
