@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import datetime
 
@@ -46,9 +46,7 @@ def run_command(once: bool, backfill_last: int | None) -> None:
     if backfill_last is not None:
         settings = replace(settings, backfill_last_n=backfill_last)
     configure_logs(settings)
-    # Where Nice= of a unit has done it already, its sandbox forbids the call.
-    if os.getpriority(os.PRIO_PROCESS, 0) < _NICE:
-        os.setpriority(os.PRIO_PROCESS, 0, _NICE)
+    _yield_to_writers()
     stop = stop_on_signals()
     if settings.metrics_port and not once:
         # Imports what only the endpoint needs.
@@ -56,6 +54,14 @@ def run_command(once: bool, backfill_last: int | None) -> None:
 
         start_endpoint(settings)
     _serve(settings, stop, once=once)
+
+
+def _yield_to_writers() -> None:
+    """Lower the priority, unless it was given one."""
+    if os.getpriority(os.PRIO_PROCESS, 0) == 0:
+        # The sandbox of the units forbids it; there it is Nice= that says.
+        with suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, _NICE)
 
 
 def _serve(settings: Settings, stop: Stop, *, once: bool) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,6 +116,21 @@ class Unit:
         status = self.machine.run("cat", f"/proc/{self.pid()}/status")
         return next(line.split()[1:] for line in status.splitlines() if line.startswith(field))
 
+    def nice(self) -> int:
+        stat = self.machine.run("cat", f"/proc/{self.pid()}/stat")
+        return int(stat.rpartition(")")[2].split()[16])
+
+    @contextmanager
+    def with_drop_in(self, text: str) -> Iterator[None]:
+        """Until the block ends."""
+        directory = f"/run/systemd/system/{_UNIT}.d"
+        self.machine.write(f"{directory}/test.conf", text)
+        self.machine.run("systemctl", "daemon-reload")
+        try:
+            yield
+        finally:
+            self.machine.run("rm", "-r", directory)
+
 
 @pytest.fixture
 def unit(
@@ -162,9 +178,16 @@ def test_the_sandbox_is_in_force(unit: Unit) -> None:
     assert unit.process("NoNewPrivs:") == ["1"]
     assert unit.process("CapEff:") == ["0000000000000000"]
     assert unit.process("Seccomp:") == ["2"]
-    stat = unit.machine.run("cat", f"/proc/{unit.pid()}/stat")
-    nice = stat.rpartition(")")[2].split()[16]
-    assert nice == "10"
+    assert unit.nice() == 10
+
+
+@pytest.mark.parametrize("nice", [0, 3])
+def test_a_drop_in_may_give_it_another_priority(unit: Unit, nice: int) -> None:
+    """Where events are as urgent as writers; the sandbox lets the service set none itself."""
+    with unit.with_drop_in(f"[Service]\nNice={nice}\n"):
+        unit.start()
+
+        assert (unit.state(), unit.nice()) == ("active", nice)
 
 
 def test_the_unit_is_active_only_when_it_listens(
@@ -327,13 +350,10 @@ def test_a_password_may_come_as_a_credential(
         with pytest.raises(psycopg.OperationalError, match="no password"):
             psycopg.connect(url)
         (dropin,) = [block for block in blocks_of_the_readme("ini") if "LoadCredential" in block]
-        directory = f"/run/systemd/system/{_UNIT}.d"
         unit.machine.write("/etc/iot-event-listener/pgpass", f"*:*:*:*:{_PASSWORD}\n")
-        unit.machine.write(f"{directory}/credential.conf", dropin)
         unit.configure(DATABASE_URL=url)
-        unit.machine.run("systemctl", "daemon-reload")
 
-        unit.start()
+        with unit.with_drop_in(dropin):
+            unit.start()
 
-        unit.machine.run("rm", "-r", directory)
         assert unit.state() == "active"
