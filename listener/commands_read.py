@@ -22,6 +22,7 @@ from listener.console import (
     SERVICE,
     Command,
     load_encoder,
+    printable,
     say,
 )
 from listener.database import connect
@@ -62,7 +63,9 @@ def status_command(as_json: bool, watch: bool) -> None:
 
         def read() -> str:
             status = read_status(conn, settings)
-            return json.dumps(status, default=str) if as_json else "\n".join(status_lines(status))
+            if as_json:
+                return json.dumps(status, default=str)
+            return printable("\n".join(status_lines(status)))
 
         if not watch:
             click.echo(read())
@@ -115,10 +118,10 @@ def show_command(event_id: str) -> None:
         from listener.embedder import load_embedder
 
         embedder = load_embedder(settings)
-        click.echo(f"event     {state.event_id}")
+        click.echo(f"event     {printable(str(state.event_id))}")
         click.echo(f"tokens    {_tokens(state.input, embedder)}")
-        click.echo(f"state     {_state(state, embedder.fingerprint)}")
-        click.echo(f"text\n{_indented(readable(state.input))}")
+        click.echo(f"state     {printable(_state(state, embedder.fingerprint))}")
+        click.echo(f"text\n{printable(_indented(readable(state.input)))}")
         if state.embedding is not None and state.model is not None:
             click.echo("neighbours")
             hits = nearest(conn, state.embedding, state.model, limit=6)
@@ -150,12 +153,12 @@ def _indented(text: str) -> str:
 
 def _print_hits(hits: Sequence[Hit]) -> None:
     for hit in hits:
-        click.echo(f"  {hit.similarity:.3f}  {hit.event_id}  {hit.line}")
+        click.echo(printable(f"  {hit.similarity:.3f}  {hit.event_id}  {hit.line}"))
 
 
 @click.command("search", cls=Command, settings=(*DATABASE, *ENCODING))
 @click.argument("text")
-@click.option("--limit", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--limit", type=click.IntRange(1, 10_000), default=10, show_default=True)
 def search_command(text: str, limit: int) -> None:
     """The events nearest in meaning to a text."""
     settings = load_settings()

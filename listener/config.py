@@ -26,9 +26,14 @@ GTE_SMALL_REVISION = "17e1f347d17fe144873b1201da91788898c639cd"
 
 
 def _setting(
-    default: Any, meaning: str, *, at_least: float = 0, choices: tuple[str, ...] = ()
+    default: Any,
+    meaning: str,
+    *,
+    at_least: float = 0,
+    at_most: float = math.inf,
+    choices: tuple[str, ...] = (),
 ) -> Any:
-    metadata = {"help": meaning, "at_least": at_least, "choices": choices}
+    metadata = {"help": meaning, "at_least": at_least, "at_most": at_most, "choices": choices}
     return field(default=default, metadata=metadata)
 
 
@@ -58,7 +63,9 @@ class Settings:
         "Where `listener model convert` keeps what it made.",
     )
     backfill_last_n: int = _setting(
-        10_000, "Scope of the sweep at start-up and on its timer: the last N events; 0 for none."
+        10_000,
+        "Scope of the sweep at start-up and on its timer: the last N events; 0 for none.",
+        at_most=2**31 - 1,  # the database counts them in an integer
     )
     batch_events: int = _setting(256, "Most events in one claim.", at_least=1)
     batch_tokens: int = _setting(16384, "Most tokens in one pass of the model.", at_least=1)
@@ -71,7 +78,9 @@ class Settings:
     encode_seconds: float = _setting(
         120.0, "A batch that takes longer hangs: the process ends, to be started again.", at_least=1
     )
-    max_attempts: int = _setting(5, "Attempts after which an event is parked.", at_least=1)
+    max_attempts: int = _setting(
+        5, "Attempts after which an event is parked.", at_least=1, at_most=1000
+    )
     retry_seconds: float = _setting(
         5.0, "Wait after an event's first failure; doubles up to an hour.", at_least=0.01
     )
@@ -126,7 +135,8 @@ class Settings:
             raise ConfigError(
                 "DATABASE_URL is not a connection string; write "
                 "postgresql://user:password@host:5432/database with special characters of the "
-                "password percent-encoded (@ is %40, : is %3A, / is %2F)"
+                "password percent-encoded (@ is %40, : is %3A, / is %2F), and after a ? only "
+                "parameters of libpq (pgbouncer=true is none)"
             ) from None
         # A password that isn't encoded ends up in these parts, and they would be quoted in errors.
         astray = any("@" in str(parameters.get(part, "")) for part in ("host", "port", "dbname"))
@@ -148,8 +158,17 @@ class Settings:
 
 
 def load_settings() -> Settings:
-    """Settings from the environment, then from `.env` in the current directory."""
-    load_dotenv(Path.cwd() / ".env", override=False)
+    """Settings from the environment, then from `.env` in the current directory.
+
+    Raises ConfigError if a setting is out of range or `.env` can't be read.
+    """
+    try:
+        load_dotenv(Path.cwd() / ".env", override=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f".env in the current directory can't be read ({type(error).__name__}); it must be a "
+            "file in UTF-8 that this account may read"
+        ) from None
     return Settings.from_environment(os.environ)
 
 
@@ -162,12 +181,15 @@ def _parse(spec: Field[Any], kind: type, raw: str) -> Any:
         if choices and text not in choices:
             raise ConfigError(f"{name} is {text!r}; it must be one of {', '.join(choices)}")
         return text
-    at_least = spec.metadata["at_least"]
+    at_least, at_most = spec.metadata["at_least"], spec.metadata["at_most"]
     noun = "a whole number" if kind is int else "a number"
+    limits = f"{at_least}" if at_most == math.inf else f"{at_least} and at most {at_most}"
+    complaint = f"{name} is {text!r}; it must be {noun} of at least {limits}"
     try:
         value = kind(text)
     except ValueError:
-        raise ConfigError(f"{name} is {text!r}; it must be {noun} of at least {at_least}") from None
-    if value < at_least or not math.isfinite(value):
-        raise ConfigError(f"{name} is {text!r}; it must be {noun} of at least {at_least}")
+        raise ConfigError(complaint) from None
+    # Not a number is in no range.
+    if not at_least <= value <= at_most or value == math.inf:
+        raise ConfigError(complaint)
     return value

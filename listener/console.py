@@ -41,6 +41,8 @@ SERVICE = (
     "notify",
     *LOGS,
 )
+# All but new line and tab.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 class Command(click.Command):
@@ -67,6 +69,11 @@ def say(text: str) -> None:
     except ConfigError:
         secrets = {os.environ.get("DATABASE_URL", ""), os.environ.get("PGPASSWORD", "")} - {""}
     click.echo(redact(text, secrets), err=True)
+
+
+def printable(text: str) -> str:
+    """The text with control characters as escapes: no terminal shall obey what a device wrote."""
+    return text.translate(_CONTROLS)
 
 
 def load_encoder(settings: Settings) -> Encoder:

@@ -34,6 +34,9 @@ $$;
 """
 _LOCKING_FILES = {_EMBEDDINGS_FILE, _TRIGGERS_FILE}
 
+# Numbers or bytes that say nothing to a model of language.
+_UNREADABLE = {"bytea", "tsvector", "vector", "halfvec", "sparsevec", "geometry", "geography"}
+
 _MADE = re.compile(
     r"^create (?:or replace )?(?:table|view|sequence|function) (?:if not exists )?([\w.]+)",
     re.MULTILINE,
@@ -166,7 +169,8 @@ def _choose_columns(facts: Facts, wanted: Sequence[str] | None) -> tuple[str, ..
         unknown = [name for name in wanted if name not in by_name]
         if unknown:
             raise SchemaError(
-                f"iot_events has no column {', '.join(unknown)}; it has {', '.join(by_name)}"
+                f"iot_events has no column {', '.join(unknown)}; it has {', '.join(by_name)}; "
+                "name what to embed with --columns"
             )
         return tuple(wanted)
     chosen = tuple(column.name for column in facts.columns if _is_text_like(column))
@@ -183,8 +187,8 @@ def _is_text_like(column: Column) -> bool:
         or column.is_foreign_key
         or column.name == "id"
         or column.name.endswith("_id")
-        or column.type.startswith(("timestamp", "bytea", "tsvector"))
-        or column.type.split(".")[-1] == "vector"
+        or column.type.startswith("timestamp")
+        or column.type.removesuffix("[]").split(".")[-1] in _UNREADABLE
     )
 
 

@@ -72,7 +72,8 @@ def locate(settings: Settings) -> ModelFiles:
     if settings.embedding_model.startswith(("/", ".", "~")):
         raise ConfigError(f"EMBEDDING_MODEL {settings.embedding_model} is not a directory")
     found = _pinned_snapshot(settings) or _snapshot_of_the_client(settings)
-    name = f"{settings.embedding_model}@{settings.embedding_revision[:12]}"
+    # The commit, where the setting names a branch, which may be another model tomorrow.
+    name = f"{settings.embedding_model}@{found.name[:12]}"
     return ModelFiles(found, name, found.name, settings.precision)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from listener.config import Settings
-from tests.harness import Command, Database, listener, serving, wait_until
+from tests.harness import Command, Database, environment, listener, serving, wait_until
 
 
 def test_status_counts_and_says_what_the_scope_is(static: Database) -> None:
@@ -57,6 +60,24 @@ def test_shell_and_database_change_neither_a_text_nor_what_a_command_can_read(
     assert re.search(r"state +embedded .*, current, ", shown.stdout)
 
 
+@pytest.mark.parametrize(("given", "kept"), [(0, 10), (3, 3)])
+def test_run_yields_to_the_writers_unless_it_was_given_a_priority(
+    static: Database, given: int, kept: int
+) -> None:
+    """By `nice`, or by Nice= of a unit."""
+    if os.getpriority(os.PRIO_PROCESS, 0) != 0:
+        pytest.skip("the tests were given a priority, and what they start inherits it")
+    command = ["nice", f"-n{given}", sys.executable, "-m", "listener", "run"]
+    process = subprocess.Popen(command, env=environment(static.settings))
+    try:
+        wait_until(lambda: static.value("select count(*) from listener.worker"))
+
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == kept
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
 def test_show_tells_text_tokens_state_and_neighbours(static: Database) -> None:
     """What would be embedded, exactly."""
     first, *_ = static.insert("pump running hot", "pump running warm", "door open", "word " * 600)
@@ -70,6 +91,24 @@ def test_show_tells_text_tokens_state_and_neighbours(static: Database) -> None:
     assert "message: pump running hot" in after
     assert re.search(r"state +embedded .*, current, ", after)
     assert after.splitlines()[after.splitlines().index("neighbours") + 1].endswith("running warm")
+
+
+def test_no_terminal_obeys_what_a_device_wrote(static: Database) -> None:
+    """Control characters are shown as escapes, in a text, a hit and the reason of a failure."""
+    (event_id,) = static.insert("\x1b[2Jpump\r hot\x9b1m")
+    listener(static.settings, "run", "--once")
+    static.park(*static.insert("b"))
+    static.rows("update listener.queue set error = %s", "\x1b]0;owned\x07")
+
+    shown = [
+        listener(static.settings, *arguments).stdout
+        for arguments in (("show", str(event_id)), ("search", "pump"), ("status",))
+    ]
+
+    assert "message: \\x1b[2Jpump" in shown[0]
+    assert "\\x1b[2Jpump" in shown[1]
+    assert "\\x1b]0;owned\\x07" in shown[2]
+    assert not [text for text in shown if re.search(r"[^\n\t -~\xa0-\U0010ffff]", text)]
 
 
 @pytest.mark.parametrize(("event_id", "says"), [("999", "no event 999"), ("x", "not of the type")])
@@ -179,8 +218,6 @@ def test_the_demo_shows_events_and_a_search_and_goes_on_where_it_was(
     open_folder: Path, tmp_path: Path
 ) -> None:
     """What `make run` does without a database."""
-    import os
-
     settings = Settings(database_url="", reports_dir=tmp_path)
     first = listener(settings, "demo", "--events", "3", DEMO_DIR=str(open_folder))
     second = listener(settings, "demo", "--events", "21", DEMO_DIR=str(open_folder))

@@ -22,6 +22,8 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         ("BATCH_EVENTS", "many", "'many'; it must be a whole number of at least 1"),
         ("BATCH_EVENTS", "0", "'0'; it must be a whole number of at least 1"),
         ("LEASE_SECONDS", "nan", "a number of at least 1"),
+        ("BACKFILL_LAST_N", "9999999999", "at least 0 and at most 2147483647"),
+        ("MAX_ATTEMPTS", "1000000", "at least 1 and at most 1000"),
         ("NOTIFY", "sometimes", "one of gated, always, never"),
     ],
 )
@@ -32,7 +34,13 @@ def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: str, says: 
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql://u:p@ss:w@host/db", "nonsense s3cret", "postgresql://u:s3cret@h:port/db"]
+    "url",
+    [
+        "postgresql://u:p@ss:w@host/db",
+        "nonsense s3cret",
+        "postgresql://u:s3cret@h:port/db",
+        "postgresql://u:s3cret@h/db?pgbouncer=true",
+    ],
 )
 def test_a_bad_connection_string_is_not_quoted(url: str) -> None:
     """libpq's complaints would print parts of the password."""
@@ -53,6 +61,18 @@ def test_the_environment_wins_over_the_env_file(tmp_path: Path) -> None:
 
     assert finished.returncode == 2
     assert "BATCH_EVENTS is 'zero'" in finished.stderr
+
+
+def test_an_env_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
+    """Exit 2, and nothing of what is in it."""
+    (tmp_path / ".env").write_bytes(b"DATABASE_URL=postgresql://u:s3cr\xfct@h/db\n")
+
+    finished = listener(Settings(reports_dir=tmp_path), "status", check=False, cwd=tmp_path)
+
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("listener: .env in the current directory can't be read")
+    assert len(finished.stderr.splitlines()) == 1
+    assert "s3cr" not in finished.stderr
 
 
 def test_settings_do_not_show_the_password() -> None:

@@ -302,17 +302,55 @@ def test_what_makes_an_install_impossible_is_said_before_anything_is_done(
         assert database.value("select to_regnamespace('listener')") is None
 
 
-def test_the_default_text_leaves_out_keys_ids_and_times(new_database: NewDatabase) -> None:
+def test_the_default_text_leaves_out_keys_ids_times_and_what_nobody_reads(
+    new_database: NewDatabase,
+) -> None:
     """And empty values; several columns are named, a line each."""
     columns = "id bigint primary key, device_id text, kind text, note text, seen timestamptz"
     with new_database() as url, with_events(url, columns) as database:
+        database.rows("create extension vector")
+        database.rows("create domain public.geometry as text")  # PostGIS has a type of that name
+        database.rows(
+            "alter table public.iot_events add photo bytea, add other vector(2), add place geometry"
+        )
         install_in(database.conn)
-        database.rows("insert into public.iot_events values (1, 'd', 'k', 'n', now())")
-        database.rows("insert into public.iot_events values (2, 'd', '', 'n', now())")
+        database.rows(
+            "insert into public.iot_events "
+            "select v.id, 'd', v.kind, 'n', now(), 'photo', '[1,2]', 'POINT(1 2)' "
+            "from (values (1, 'k'), (2, '')) as v (id, kind)"
+        )
 
         texts = database.rows("select listener.embedding_input(e) from public.iot_events e")
 
     assert texts == [("kind: k\nnote: n",), ("note: n",)]
+
+
+def test_a_virtual_generated_column_is_embedded_as_it_reads_and_fails_no_writer(
+    new_database: NewDatabase,
+) -> None:
+    """PostgreSQL 18: a trigger can't read such rows, so each update counts as a change."""
+    with (
+        new_database() as url,
+        with_events(url, "id bigint primary key, device_id text") as database,
+    ):
+        if database.conn.info.server_version < 180000:
+            pytest.skip("before PostgreSQL 18 there are none")
+        database.rows(
+            "alter table public.iot_events add summary text generated always as "
+            "('from ' || device_id) virtual"
+        )
+        install_in(database.conn)
+        with serving(database) as service:
+            for device in ("a", "b"):
+                database.rows(
+                    "insert into public.iot_events values (1, %s) "
+                    "on conflict (id) do update set device_id = excluded.device_id",
+                    device,
+                )
+                database.wait_for_rest()
+
+        assert service.embedder.encoded == ["from a", "from b"]
+        database.assert_invariant()
 
 
 def test_chosen_columns_are_kept_by_the_next_install_and_one_column_stands_bare(

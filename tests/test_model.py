@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from listener.config import GTE_SMALL_REVISION, Settings
+from listener.config import GTE_SMALL, GTE_SMALL_REVISION, Settings
 from listener.embedder import load_embedder
 from listener.encoding import Encoder
 from listener.engine_torch import SentenceTransformersEmbedder
@@ -109,6 +109,18 @@ def test_the_fingerprint_of_a_directory_follows_its_contents(
 
     assert before == locate(Settings(embedding_model=str(static_model))).fingerprint
     assert before != after
+
+
+def test_the_fingerprint_names_the_commit_where_a_branch_is_set(
+    gte_small_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A branch that moves on is another model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(gte_small_cache))
+
+    branch = locate(Settings(embedding_revision="main"))
+
+    assert branch == locate(Settings())
+    assert branch.name == f"{GTE_SMALL}@{GTE_SMALL_REVISION[:12]}"
 
 
 def test_a_missing_model_names_the_command_that_fetches_it(
