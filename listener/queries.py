@@ -248,8 +248,8 @@ where q.event_id = any(%(event_ids)s)
 
 # Store and acknowledge. The joins fence out a claim whose lease has passed to another worker, an
 # event that changed while it was encoded (by its version, and by its text even where triggers were
-# off), and one deleted meanwhile. Rows that a writer holds are skipped rather than waited for; they
-# are about to change or go.
+# off), and one deleted meanwhile. Events and vectors that somebody holds are skipped rather than
+# waited for: they are about to change or go, and a wait would hold up who needs the others.
 WRITE = """
 with done as (
   select *
@@ -266,19 +266,28 @@ with done as (
   order by q.event_id
   for update of q skip locked
 ), alive as materialized (
-  select h.event_id, h.content_hash, h.embedding
+  select h.event_id, h.content_hash, h.embedding, m.event_id is not null as has_vector
   from held h
   join listener.event e on e.id = h.event_id
+  left join listener.embedding m on m.event_id = h.event_id
   where h.content_hash = sha256(convert_to(
     coalesce(e.input, ''), 'UTF8'
   ))
   order by h.event_id
   for key share of e skip locked
+), replaceable as materialized (
+  select m.event_id
+  from alive a
+  join listener.embedding m on m.event_id = a.event_id
+  where a.has_vector
+  order by m.event_id
+  for no key update of m skip locked
 ), stored as (
   insert into listener.embedding as m
     (event_id, embedding, model, content_hash, embedded_at)
   select a.event_id, a.embedding, %(model)s, a.content_hash, clock_timestamp()
   from alive a
+  where not a.has_vector or a.event_id in (select r.event_id from replaceable r)
   order by a.event_id
   on conflict (event_id) do update set
     embedding = excluded.embedding,

@@ -56,6 +56,8 @@ def test_a_prepared_transaction_is_refused_only_where_it_had_to_notify(database:
         with pytest.raises(psycopg.errors.FeatureNotSupported, match="cannot PREPARE"):
             prepare(database, "refused")
         database.rows("rollback")
+    # The server frees a session's locks a moment after the client is gone.
+    wait_until(lambda: not is_asleep(database))
 
     with serving(database.with_settings(notify="never", poll_seconds=0.2)):
         prepare(database, "embedded")

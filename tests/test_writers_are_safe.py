@@ -216,6 +216,25 @@ def test_a_lock_on_the_queue_holds_up_no_writer(database: Database) -> None:
         writer.execute(DELETE, [event_id])
 
 
+def test_who_holds_a_vector_holds_up_no_other_event_and_no_writer(database: Database) -> None:
+    """As somebody who deletes vectors and then their events, in one transaction by hand."""
+    held, mate = database.insert("a", "b")
+    with serving(database), database.session() as cleaner, impatient(database) as writer:
+        wait_until(lambda: len(database.embedded()) == 2)
+        before = database.embedded()[mate]
+        cleaner.execute("begin")
+        cleaner.execute("delete from public.event_embeddings where event_id = %s", [held])
+
+        database.rows("update public.iot_events set message = message || ' again'")
+
+        wait_until(lambda: (database.embedded()[mate] != before).any())
+        writer.execute(DELETE, [mate])
+        cleaner.execute(DELETE.encode(), [held])
+        cleaner.execute("commit")
+        database.wait_for_rest()
+    database.assert_invariant()
+
+
 # --- two-phase commit and partitions --------------------------------------------------------------
 
 
