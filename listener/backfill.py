@@ -50,13 +50,17 @@ def follow(
     is_over: Callable[[], bool],
     seconds: float,
 ) -> None:
-    """Report what is left and the rate in events a second until nothing is, or `is_over`."""
-    first, began = queue.pending(), time.monotonic()
+    """Report what is left and the rate in events a second until nothing is, or `is_over`.
+
+    Of what waits now: where devices never rest, something always does.
+    """
+    now = queue.clock()
+    first, began = queue.pending_since(now), time.monotonic()
     left = first
     if left:
         progress(left, 0.0)
     while left and not is_over():
         time.sleep(seconds)
-        left = queue.pending()
+        left = queue.pending_since(now)
         rate = (first - left) / (time.monotonic() - began)
         progress(left, max(rate, 0.0))

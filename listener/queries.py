@@ -503,6 +503,8 @@ DESCRIBE = "select * from listener.describe(%(event_id)s)"
 NEAREST = "select * from listener.nearest(%(embedding)s, %(model)s, %(limit)s)"
 
 PENDING = "select count(*) from listener.waiting"
+# Without those that came later.
+PENDING_SINCE = "select count(*) from listener.waiting w where w.since <= to_timestamp(%(moment)s)"
 # For the service itself, which asks again and again: it looks at so many rows and no more.
 BACKLOG = """
 with pending as materialized (

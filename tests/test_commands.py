@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from listener.config import Settings
-from tests.harness import Command, Database, environment, listener, serving, wait_until
+from tests.harness import (
+    Command,
+    Database,
+    TinyEmbedder,
+    environment,
+    listener,
+    serving,
+    wait_until,
+)
 
 
 def test_status_counts_and_says_what_the_scope_is(static: Database) -> None:
@@ -153,6 +161,26 @@ def test_backfill_works_by_itself_reports_and_is_harmless_twice(static: Database
     assert "events/s" in first.stderr
     assert "queued 0" in second.stderr
     assert len(list(static.settings.reports_dir.glob("*_backfill.md"))) == 2
+
+
+def test_backfill_does_not_wait_for_what_came_after_it(
+    static: Database, spawn: Callable[..., Command]
+) -> None:
+    """Where devices never rest, something always waits."""
+    static.insert("a", "b")
+    embedder = TinyEmbedder()
+    embedder.may_run.clear()
+    with serving(static.with_settings(retry_seconds=3600.0), embedder):
+        wait_until(lambda: static.value("select count(*) from listener.worker"))
+        backfill = spawn(static.settings, "backfill", "--all")
+        backfill.wait_for("2 pending")
+
+        static.insert("raise, and wait for an hour")
+        embedder.may_run.set()
+
+        wait_until(lambda: backfill.process.poll() is not None)
+    assert backfill.process.returncode == 0
+    assert "1 pending; report in" in backfill.output()
 
 
 def test_backfill_of_all_removes_embeddings_of_events_that_are_gone(static: Database) -> None:
