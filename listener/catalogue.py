@@ -76,6 +76,14 @@ select
     as vector_available,
   t.relkind::text as events_kind,
   coalesce(t.relpersistence = 'p', false) as events_permanent,
+  (
+    select k.relname::text
+    from pg_catalog.pg_inherits i
+    join pg_catalog.pg_class k on k.oid in (i.inhparent, i.inhrelid) and k.oid <> t.oid
+    where (i.inhparent = t.oid and t.relkind = 'r') or i.inhrelid = t.oid
+    order by k.relname
+    limit 1
+  ) as events_kin,
   exists (
     select from unique_alone u where u.indrelid = t.oid and u.attname = 'id'
   ) as key_is_unique,
@@ -184,6 +192,7 @@ class Facts:
     vector_available: bool
     events_kind: str | None
     events_permanent: bool
+    events_kin: str | None
     key_is_unique: bool
     owns_events: bool
     hides_events: bool

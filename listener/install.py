@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import psycopg
 from psycopg import sql
 
 from listener.catalogue import Column, Facts, read_facts
@@ -195,10 +196,19 @@ def _is_text_like(column: Column) -> bool:
 def apply_plan(conn: Connection, plan: Plan, tell: Callable[[str], None] = lambda _: None) -> None:
     """Run the steps in one transaction; for a minute again, if somebody holds a lock.
 
-    `tell` hears who. Raises SchemaError, with nothing changed, if the lock is not to be had.
+    `tell` hears who. Raises SchemaError, with nothing changed, if the lock is not to be had, or a
+    step is refused.
     """
     with translated():
-        patiently(conn, lambda: _run(conn, plan), tell)
+        try:
+            patiently(conn, lambda: _run(conn, plan), tell)
+        except psycopg.OperationalError:
+            raise
+        except psycopg.DatabaseError as error:
+            raise SchemaError(
+                f"the database refused it ({error.diag.message_primary}); nothing was changed; see "
+                "which object or right that is, then run it again"
+            ) from error
 
 
 def _run(conn: Connection, plan: Plan) -> None:

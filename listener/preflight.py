@@ -46,6 +46,12 @@ def events_problem(facts: Facts) -> str | None:
             "public.iot_events is unlogged, and no foreign key can refer to such a table; "
             "alter table public.iot_events set logged"
         )
+    if facts.events_kin:
+        return (
+            f"public.iot_events is parent, child or partition of table {facts.events_kin}, and "
+            "what is written to the one is missed by triggers and foreign key of the other; give "
+            "the name to a table that stands alone, or to a partitioned one as a whole"
+        )
     if facts.key is None or facts.key.type not in KEY_TYPES:
         found = "missing" if facts.key is None else facts.key.type
         return f"iot_events.id is {found}; it must be one of {', '.join(KEY_TYPES)}"

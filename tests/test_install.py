@@ -119,10 +119,27 @@ def test_a_failing_install_leaves_nothing_behind(new_database: NewDatabase) -> N
         plan = install.plan_install(database.conn, facts, None)
         broken = install.Plan((*plan.steps, Step("broken", "select 1 / 0")), ())
 
-        with pytest.raises(psycopg.errors.DivisionByZero):
+        with pytest.raises(SchemaError, match=r"refused it \(division by zero\); nothing was"):
             install.apply_plan(database.conn, broken)
 
         assert database.value("select to_regnamespace('listener')") is None
+        assert database.value("select to_regclass('public.event_embeddings')") is None
+
+
+def test_a_schema_listener_of_somebody_else_is_one_clear_line(
+    new_database: NewDatabase, tmp_path: Path
+) -> None:
+    """Exit 3, and what is theirs stays."""
+    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
+        database.rows("create schema listener")
+        database.rows("create table listener.queue (job text)")
+        settings = database.with_settings(reports_dir=tmp_path).settings
+
+        finished = listener(settings, "install", check=False)
+
+        assert finished.returncode == 3
+        assert 'refused it (column "lane"' in finished.stderr
+        assert "Traceback" not in finished.stderr
         assert database.value("select to_regclass('public.event_embeddings')") is None
 
 
@@ -271,6 +288,12 @@ def test_a_writer_without_any_right_on_the_schema_inserts_and_updates(database: 
     [
         ("drop table public.iot_events", "no table public.iot_events"),
         ("alter table public.iot_events set unlogged", "iot_events is unlogged"),
+        ("create table older () inherits (public.iot_events)", "child or partition of table older"),
+        (
+            "create table every (id bigint primary key, message text) partition by list (id); "
+            "alter table every attach partition public.iot_events for values in (1)",
+            "child or partition of table every",
+        ),
         ("alter table public.iot_events alter id type numeric", "iot_events.id is numeric"),
         ("alter table public.iot_events drop constraint iot_events_pkey", "unique constraint"),
         (
