@@ -79,6 +79,7 @@ _PARAMETERS = {
     "lock_class": 470_219,
     "max_attempts": 5,
     "model": TinyEmbedder.fingerprint,
+    "moment": 0.0,
     "payload": "",
     "pid": 1,
     "position": "(0,1)",
