@@ -46,21 +46,22 @@ def queue_events(
 
 def follow(
     queue: Queue,
+    moment: float,
     progress: Callable[[int, float], None],
     is_over: Callable[[], bool],
     seconds: float,
 ) -> None:
     """Report what is left and the rate in events a second until nothing is, or `is_over`.
 
-    Of what waits now: where devices never rest, something always does.
+    Of what waited at `moment`, by the database's clock: where devices never rest, something always
+    does.
     """
-    now = queue.clock()
-    first, began = queue.pending_since(now), time.monotonic()
+    first, began = queue.pending_since(moment), time.monotonic()
     left = first
     if left:
         progress(left, 0.0)
     while left and not is_over():
         time.sleep(seconds)
-        left = queue.pending_since(now)
+        left = queue.pending_since(moment)
         rate = (first - left) / (time.monotonic() - began)
         progress(left, max(rate, 0.0))

@@ -7,10 +7,9 @@ import os
 import socket
 import time
 
-from listener import queries
 from listener.catalogue import Facts
 from listener.config import Settings
-from listener.database import Connection, translated
+from listener.database import Connection, read_clock
 from listener.errors import ListenerError
 from listener.finding import Finding
 from listener.preflight import server_problem
@@ -118,11 +117,9 @@ def check_notify(settings: Settings, wake: Connection, work: Connection) -> Find
 def check_clock(conn: Connection) -> Finding:
     """This machine's clock stamps the logs, the database's everything else."""
     before = time.time()
-    with translated():
-        row = conn.execute(queries.CLOCK).fetchone()
+    database = read_clock(conn)
     after = time.time()
-    assert row is not None  # noqa: S101  the statement has one row
-    apart = (before + after) / 2 - row[0]
+    apart = (before + after) / 2 - database
     if abs(apart) < _CLOCKS_APART_SECONDS + (after - before) / 2:
         return Finding("clock", True, "as the database's")
     return Finding(

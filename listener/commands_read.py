@@ -118,14 +118,18 @@ def show_command(event_id: str) -> None:
         from listener.embedder import load_embedder
 
         embedder = load_embedder(settings)
-        click.echo(f"event     {printable(str(state.event_id))}")
-        click.echo(f"tokens    {_tokens(state.input, embedder)}")
-        click.echo(f"state     {printable(_state(state, embedder.fingerprint))}")
-        click.echo(f"text\n{printable(_indented(readable(state.input)))}")
+        _echo(f"event     {state.event_id}")
+        _echo(f"tokens    {_tokens(state.input, embedder)}")
+        _echo(f"state     {_state(state, embedder.fingerprint)}")
+        _echo(f"text\n{_indented(readable(state.input))}")
         if state.embedding is not None and state.model is not None:
-            click.echo("neighbours")
+            _echo("neighbours")
             hits = nearest(conn, state.embedding, state.model, limit=6)
             _print_hits([hit for hit in hits if hit.event_id != state.event_id][:5])
+
+
+def _echo(text: str) -> None:
+    click.echo(printable(text))
 
 
 def _tokens(text: str | None, embedder: Embedder) -> str:
@@ -153,7 +157,7 @@ def _indented(text: str) -> str:
 
 def _print_hits(hits: Sequence[Hit]) -> None:
     for hit in hits:
-        click.echo(printable(f"  {hit.similarity:.3f}  {hit.event_id}  {hit.line}"))
+        _echo(f"  {hit.similarity:.3f}  {hit.event_id}  {hit.line}")
 
 
 @click.command("search", cls=Command, settings=(*DATABASE, *ENCODING))

@@ -23,7 +23,7 @@ from listener.console import (
     say,
     stop_on_signals,
 )
-from listener.database import Connection, connect
+from listener.database import Connection, connect, read_clock
 from listener.errors import ConfigError, EncodeHung, ListenerError, SchemaError
 from listener.logs import configure_logs
 from listener.model import fetch, locate
@@ -154,6 +154,7 @@ def _drain(conn: Connection, queue: Queue, settings: Settings, *, work: bool) ->
     with progress() as tell:
         follow(
             queue,
+            read_clock(conn),
             tell,
             lambda: stop.is_set() or (work and not worker.is_alive()),
             seconds=1.0,

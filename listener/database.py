@@ -146,6 +146,14 @@ def register_vector(conn: Connection) -> None:
         conn.adapters.register_dumper(Vectors, type("VectorsDumper", (_VectorsDumper,), oids))
 
 
+def read_clock(conn: Connection) -> float:
+    """The database's time, in seconds of the epoch."""
+    with translated():
+        row = conn.execute(queries.CLOCK).fetchone()
+    assert row is not None  # noqa: S101  the statement has one row
+    return float(row[0])
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Turn the driver's errors into the class that says what happens next.

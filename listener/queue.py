@@ -274,10 +274,6 @@ class Queue:
         """How many events wait, parked ones not counted."""
         return int(self._execute(queries.PENDING)[0][0])
 
-    def clock(self) -> float:
-        """The database's time, in seconds of the epoch."""
-        return float(self._execute(queries.CLOCK)[0][0])
-
     def pending_since(self, moment: float) -> int:
         """How many events have waited since then or longer; by the database's clock."""
         return int(self._execute(queries.PENDING_SINCE, moment=moment)[0][0])

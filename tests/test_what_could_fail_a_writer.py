@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -14,10 +13,10 @@ from listener.database import Connection, connect
 from listener.embedded import Server
 from listener.queue import Queue
 from tests.harness import Database, TinyEmbedder, install_demo, is_asleep, serving, wait_until
+from tests.test_docs import README
 from tests.test_install import install_in
 from tests.test_writers_are_safe import STRICT, UPDATE, impatient, insert, partition, prepare
 
-README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 SWITCH = "; ".join(
     f"alter table public.iot_events disable trigger listener_{verb}"
     for verb in ("inserted", "updated")
