@@ -14,6 +14,7 @@ from bench import (
     health,
     latency,
     peers,
+    precision,
     scale,
     suite,
     systems,
@@ -35,7 +36,7 @@ _model = click.option(
 )
 _engine = click.option(
     "--engine",
-    type=click.Choice(systems.engines()),
+    type=click.Choice(systems.all_engines()),
     default=systems.TORCH,
     show_default=True,
     help="One that is installed.",
@@ -62,12 +63,27 @@ def cli(context: click.Context, quick: bool, rough: bool) -> None:
 @click.option("--rounds", type=click.IntRange(1), default=FULL.peer_rounds, show_default=True)
 @click.option("--inserts", type=click.IntRange(1), default=FULL.peer_inserts, show_default=True)
 @click.option("--seconds", type=click.IntRange(1), default=FULL.seconds, show_default=True)
-def peers_command(texts: int, events: int, rounds: int, inserts: int, seconds: int) -> None:
+@click.option(
+    "--rows",
+    "kinds",
+    type=click.Choice(peers.KINDS),
+    multiple=True,
+    default=peers.KINDS,
+    show_default=True,
+    help="May be given several times.",
+)
+def peers_command(
+    texts: int, events: int, rounds: int, inserts: int, seconds: int, kinds: tuple[str, ...]
+) -> None:
     """The listener beside procrastinate, pgqueuer and the plain recipe."""
+    rows = []
     with running_cluster() as cluster:
-        rows = peers.drain_rows(cluster, texts, events, rounds)
-        rows += peers.latency_rows(cluster, inserts)
-        rows += writers.rows(writers.measure(cluster, peers.CLIENTS, seconds, rounds))
+        if peers.DRAIN in kinds:
+            rows += peers.drain_rows(cluster, texts, events, rounds)
+        if peers.LATENCY in kinds:
+            rows += peers.latency_rows(cluster, inserts)
+        if peers.WRITERS in kinds:
+            rows += writers.rows(writers.measure(cluster, peers.CLIENTS, seconds, rounds))
         click.echo(peers.section(rows, rounds).markdown())
 
 
@@ -105,6 +121,15 @@ def footprint_command(idle: int, model: str, engine: str) -> None:
         click.echo(footprint.run(cluster, chosen, idle, engine).markdown())
 
 
+@cli.command("precision")
+@click.option("--texts", type=click.IntRange(1), default=FULL.sample, show_default=True)
+@_model
+def precision_command(texts: int, model: str) -> None:
+    """The vectors of each engine beside those of torch in float32."""
+    with running_cluster() as cluster:
+        click.echo(precision.run(find_model(model, cluster.folder), texts).markdown())
+
+
 @cli.command("devices")
 @click.option("--sample", type=click.IntRange(1), default=FULL.sample, show_default=True)
 @_model
@@ -129,11 +154,18 @@ def devices_command(sample: int, model: str) -> None:
 @click.option(
     "--model", help="What the workers encode with; by default what costs next to nothing."
 )
-def writers_command(clients: tuple[int, ...], seconds: int, rounds: int, model: str | None) -> None:
+@click.option(
+    "--only-plain",
+    is_flag=True,
+    help="Of the peers the plain recipe alone.",
+)
+def writers_command(
+    clients: tuple[int, ...], seconds: int, rounds: int, model: str | None, only_plain: bool
+) -> None:
     """What a writer pays for the trigger, the service, and for each peer."""
     with running_cluster() as cluster:
         chosen = find_model(model, cluster.folder) if model else None
-        samples = writers.measure(cluster, clients, seconds, rounds, chosen)
+        samples = writers.measure(cluster, clients, seconds, rounds, chosen, only_plain=only_plain)
         click.echo(writers.section(samples, seconds, chosen).markdown())
 
 

@@ -13,6 +13,7 @@ from bench.rows import Row, table
 from bench.systems import System
 
 CLIENTS = (32, 64)
+KINDS = DRAIN, LATENCY, WRITERS = ("drain", "latency", "writers")
 
 
 def drain_rows(cluster: Cluster, texts: int, events: int, rounds: int) -> list[Row]:

@@ -15,6 +15,7 @@ from bench import (
     latency,
     peers,
     plots,
+    precision,
     scale,
     systems,
     trigger_parts,
@@ -123,11 +124,12 @@ def _parts(cluster: Cluster, sizes: Sizes, pictures: Path) -> Iterator[str]:
 
 
 def _sections(cluster: Cluster, sizes: Sizes) -> Iterator[Section]:
-    for name, engine in product(sizes.models, systems.engines()):
+    for name, engine in product(sizes.models, systems.all_engines()):
         model = find_model(name, cluster.folder)
         yield latency.run(cluster, model, sizes.inserts, engine)
         yield drain.run(cluster, model, sizes.texts, sizes.drain_rounds, engine)
         yield footprint.run(cluster, model, sizes.idle_seconds, engine)
+    yield precision.run(find_model(MINILM, cluster.folder), sizes.sample)
     yield devices.run(cluster, find_model(MINILM, cluster.folder), sizes.sample)
     yield trigger_parts.run(cluster, trigger_parts.CLIENTS, sizes.seconds, sizes.writer_rounds)
     yield writes.run(cluster, sizes.rows, sizes.filled)

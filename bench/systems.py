@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bench.cluster import Cluster, install_listener
+from bench.machine import processor_flags
 from bench.peer_table import BATCHED
 from bench.processes import LoggedProcess, clean_environment, peer, service
 from bench.progress import BenchError
@@ -20,6 +21,9 @@ from listener.config import Settings
 LISTENER = "listener"
 # auto: what a service takes by itself, which for a static model is no other than torch's vectors.
 AUTO, TORCH, OPENVINO = "auto", "torch", "openvino"
+# The same engine with PRECISION=bf16, on a CPU that has it: other vectors.
+OPENVINO_BF16 = "openvino-bf16"
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 Worker = Callable[[Cluster, str, Path], AbstractContextManager[LoggedProcess]]
 
@@ -81,7 +85,10 @@ _PEERS = (
 def listener(engine: str = AUTO) -> System:
     """Ours with one of its engines."""
     name = LISTENER if engine in (AUTO, TORCH) else f"{LISTENER}, {engine}"
-    return System(name, f"listener_{engine}", _install_listener, (), {"ENGINE": engine})
+    settings = {"ENGINE": engine}
+    if engine == OPENVINO_BF16:
+        settings = {"ENGINE": OPENVINO, "PRECISION": "bf16"}
+    return System(name, f"listener_{engine}", _install_listener, (), settings)
 
 
 def peers() -> list[System]:
@@ -95,8 +102,14 @@ def peers() -> list[System]:
 
 
 def engines() -> list[str]:
-    """Those that this machine has."""
+    """Those that this machine has, and that are exact."""
     return [TORCH, *([OPENVINO] if find_spec("openvino") else [])]
+
+
+def all_engines() -> list[str]:
+    """Those of a reduced precision too."""
+    has_bf16 = OPENVINO in engines() and not _BF16_FLAGS.isdisjoint(processor_flags())
+    return [*engines(), *([OPENVINO_BF16] if has_bf16 else [])]
 
 
 def what_is_missing() -> list[str]:
@@ -105,6 +118,8 @@ def what_is_missing() -> list[str]:
     notes = [f"{name} is not installed (extra `bench`), so left out" for name in lacking]
     if OPENVINO not in engines():
         notes.append("the engine openvino is not installed (extra `fast`), so left out")
+    if OPENVINO_BF16 not in all_engines():
+        notes.append("no bf16: it takes the engine openvino and a CPU with AVX512-BF16 or AMX")
     return notes
 
 

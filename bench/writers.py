@@ -17,6 +17,8 @@ NOTHING = "no trigger"
 TRIGGER = "listener's trigger alone"
 PLAIN = "plain recipe"
 PLAIN_TRIGGER = "plain recipe's trigger alone"
+_OURS_AND_PLAIN = (NOTHING, TRIGGER, LISTENER, PLAIN)
+_ENCODING = (NOTHING, LISTENER, PLAIN, f"{PLAIN}, batched")
 
 # The peers' workers slow few writers little, and each run takes its time.
 MANY_CLIENTS = 32
@@ -54,13 +56,18 @@ def measure(
     seconds: int,
     rounds: int,
     model: Model | None = None,
+    *,
+    only_plain: bool = False,
 ) -> list[Sample]:
-    """Every variant; with a model, the listener and the plain recipe while they encode with it."""
+    """Every variant; with a model, the listener and the plain recipe while they encode with it.
+
+    `only_plain` leaves out every peer but the plain recipe.
+    """
     if model is None:
-        return measure_variants(cluster, _variants(), clients, seconds, rounds)
-    kept = (NOTHING, LISTENER, PLAIN, f"{PLAIN}, batched")
-    variants = [variant for variant in _variants(systems.TORCH) if variant.name in kept]
-    return measure_variants(cluster, variants, clients, seconds, rounds, model.directory)
+        kept = [v for v in _variants() if not only_plain or v.name in _OURS_AND_PLAIN]
+        return measure_variants(cluster, kept, clients, seconds, rounds)
+    kept = [v for v in _variants(systems.TORCH) if v.name in _ENCODING]
+    return measure_variants(cluster, kept, clients, seconds, rounds, model.directory)
 
 
 def section(samples: Sequence[Sample], seconds: int, model: Model | None = None) -> Section:

@@ -24,7 +24,7 @@ from listener.console import (
     stop_on_signals,
 )
 from listener.database import Connection, connect, read_clock
-from listener.errors import ConfigError, EncodeHung, ListenerError, SchemaError
+from listener.errors import ConfigError, EncoderLost, ListenerError, SchemaError
 from listener.logs import configure_logs
 from listener.model import fetch, locate
 from listener.queue import Queue
@@ -71,9 +71,9 @@ def _serve(settings: Settings, stop: Stop, *, once: bool) -> None:
     with closing(load_encoder(settings)) as encoder:
         try:
             Service(settings, encoder, stop).run(once=once)
-        except EncodeHung as error:
+        except EncoderLost as error:
             say(f"listener: {error}")
-            # Any other way out would wait for the thread that doesn't return.
+            # Any other way out would wait for a thread that may never return.
             logging.shutdown()
             os._exit(error.exit_code)
 

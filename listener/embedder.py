@@ -30,7 +30,8 @@ class Embedder(Protocol):
         """Shape (len(texts), 384), rows of unit length, in the order of the texts.
 
         One pass of the model: each text costs as much as the longest, and all need memory at once.
-        Adds those that are longer than the model reads to `counters.texts_truncated`.
+        Adds those that are longer than the model reads to `counters.texts_truncated`. Raises
+        EncoderLost where only a new process can go on, and whatever its library raises.
         """
         ...
 

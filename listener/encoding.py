@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from listener.config import DIMENSION
-from listener.errors import EmbeddingError, ModelFault
+from listener.errors import EmbeddingError, EncoderLost, ModelFault
 from listener.passes import plan_passes
 
 if TYPE_CHECKING:
@@ -115,11 +115,11 @@ class Encoder:
         return text
 
     def submit(self, texts: Sequence[str]) -> Future[Encoded]:
-        """Encode on the model's thread. The future raises ModelFault if the model can't run."""
+        """Encode on the model's thread. The future raises ModelFault and EncoderLost."""
         return self._thread.submit(self._encode, texts)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Each distinct text that isn't remembered, once. Raises ModelFault."""
+        """Each distinct text that isn't remembered, once. Raises ModelFault and EncoderLost."""
         return self.submit(texts).result()
 
     def close(self) -> None:
@@ -145,6 +145,8 @@ class Encoder:
             return []
         try:
             vectors = self._embedder.encode([self._beginning(text) for text in texts])
+        except EncoderLost:
+            raise
         except Exception as error:  # noqa: BLE001  any library error; the halves tell whose it is
             if len(texts) == 1:
                 return [EmbeddingError(f"{type(error).__name__}: {error}")]

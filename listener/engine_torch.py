@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from listener.config import DIMENSION
 from listener.counters import counters
-from listener.errors import ConfigError
+from listener.errors import ConfigError, EncoderLost
 from listener.model import ModelFiles, cannot_be_loaded, require_dimension
 
 _SHORT_CHARACTERS = 300
@@ -28,31 +28,37 @@ class SentenceTransformersEmbedder:
     `model` is the library's own.
     """
 
-    engine = "torch"
-
     def __init__(self, files: ModelFiles) -> None:
-        """Load the model. Raises ConfigError if it is damaged or gives no 384 numbers."""
+        """Load the model, onto a GPU where torch finds one.
+
+        Raises ConfigError if it is damaged or gives no 384 numbers, EncoderLost if the GPU fails.
+        """
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self._threads = torch.get_num_threads()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        on_gpu = torch.cuda.is_available()
+        self.engine = f"torch on {torch.cuda.get_device_name()}" if on_gpu else "torch"
         try:
             self.model = SentenceTransformer(
                 str(files.directory),
-                device=device,
+                device="cuda" if on_gpu else "cpu",
                 local_files_only=True,
                 trust_remote_code=False,
                 # The published gte-small is fp16, which a CPU computes up to 100 times slower.
                 model_kwargs={"use_safetensors": True, "dtype": torch.float32},
             )
+            self.model.eval()
+            # Takes memory of the GPU too, and may be the first that it computes.
+            dimension = self._compute(["a"]).shape[1]
+        except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
+            raise _gpu_failed(error) from error
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise cannot_be_loaded(files, error) from error
-        self.model.eval()
         _require_float32(self.model, files)
         self.fingerprint = files.fingerprint
         self.max_tokens: int | None = _max_tokens(self.model)
         # The model's own is set to pad and cut while it encodes.
         self._tokenizer = copy.deepcopy(self.model.tokenizer)
-        require_dimension(files, self.encode(["a"]).shape[1])
+        require_dimension(files, dimension)
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Shape (len(texts), 384), rows of unit length, in the order of the texts."""
@@ -61,13 +67,20 @@ class SentenceTransformersEmbedder:
         # Waking sleeping helper threads takes longer than they save on one short text.
         alone = len(texts) == 1 and len(texts[0]) <= _SHORT_CHARACTERS
         torch.set_num_threads(1 if alone else self._threads)
+        try:
+            numbers = self._compute(texts)
+        except torch.AcceleratorError as error:
+            raise _gpu_failed(error) from error
+        counters.texts_truncated += sum(map(self._is_cut, texts))
+        return numbers
+
+    def _compute(self, texts: Sequence[str]) -> NDArray[np.float32]:
         # As the library's `encode`, without what that does around it: a text alone waits for it.
         prompt = self.model.prompts.get(self.model.default_prompt_name or "")
         features = self.model.preprocess(list(texts), prompt=prompt)
         with torch.inference_mode():
             found = self.model(batch_to_device(features, self.model.device))["sentence_embedding"]
             vectors = torch.nn.functional.normalize(found, dim=1)
-        counters.texts_truncated += sum(map(self._is_cut, texts))
         numbers: NDArray[np.float32] = vectors.cpu().numpy()
         return numbers
 
@@ -101,6 +114,14 @@ def _require_float32(model: SentenceTransformer, files: ModelFiles) -> None:
     types = {parameter.dtype for parameter in model.parameters()}
     if types - {torch.float32}:
         raise ConfigError(f"the model in {files.directory} has weights of {types}, not float32")
+
+
+def _gpu_failed(error: RuntimeError) -> EncoderLost:
+    # After the first failure of a kernel, no other runs in this process.
+    return EncoderLost(
+        f"the GPU failed ({str(error).splitlines()[0]}); the process ends, to be started again; "
+        "to compute on the CPU, set CUDA_VISIBLE_DEVICES=-1"
+    )
 
 
 def _max_tokens(model: SentenceTransformer) -> int | None:

@@ -7,7 +7,7 @@ ListenerError            one clear line on stderr
 │   └── StatementTimeout  where a smaller statement may do: that, else the same
 ├── EmbeddingError    one event's fault: try it again later, in the end park it
 ├── ModelFault        the model's fault: nothing is parked, leases are given back, wait
-└── EncodeHung     exit 1: the model doesn't return; the process ends, to be started again
+└── EncoderLost       exit 1: a hung model, a failed GPU; the process ends, to be started again
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class ModelFault(ListenerError):
     """The model can't embed even a known text, so no event is to blame."""
 
 
-class EncodeHung(ListenerError):
-    """The model doesn't return, and a thread can't be stopped; only a new process can go on.
+class EncoderLost(ListenerError):
+    """The model doesn't return, or its GPU has failed; only a new process can go on.
 
     The events in hand keep their lease, so that the one to blame is found as one that kills is.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from listener.config import Settings
 from listener.counters import counters
 from listener.encoding import Encoded, Encoder
-from listener.errors import EmbeddingError, EncodeHung, ModelFault
+from listener.errors import EmbeddingError, EncoderLost, ModelFault
 from listener.health import health
 from listener.logs import log
 from listener.queue import Claim, Event, EventId, Queue
@@ -87,7 +87,7 @@ class Pipeline:
 
         `on_more` is called at each claim, but for a first one of one event alone, and told whether
         it is the first and full; `on_batch` after each batch.
-        Raises ModelFault, with every claim given back, if the model can't run, and EncodeHung.
+        Raises ModelFault, with every claim given back, if the model can't run; or EncoderLost.
         """
         claimed, self._more = 0, True
         try:
@@ -110,6 +110,9 @@ class Pipeline:
             self._waiting.clear()
             self.give_back()
             self._queue.notify()
+            raise
+        except EncoderLost:
+            self._give_back_unstarted()
             raise
 
     def give_back(self) -> None:
@@ -170,8 +173,7 @@ class Pipeline:
             if self._stop.is_set():
                 self._give_back_unstarted()
             if self._seconds_in_hand(first) > self._settings.encode_seconds:
-                self._give_back_unstarted()
-                raise EncodeHung(
+                raise EncoderLost(
                     f"the model has not returned for {self._settings.encode_seconds:.0f} s with "
                     f"{len(first.events)} events, the first {first.event_ids[0]}; "
                     "the process ends, to be started again"

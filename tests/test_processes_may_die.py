@@ -116,7 +116,7 @@ def test_a_stopped_worker_keeps_its_claim_until_the_lease_ends_and_is_fenced_aft
 
 
 @pytest.mark.parametrize(
-    ("poison", "variables"), [("segfault", {}), ("hang", {"ENCODE_SECONDS": "1"})]
+    ("poison", "variables"), [("segfault", {}), ("hang", {"ENCODE_SECONDS": "1"}), ("gpu", {})]
 )
 def test_a_text_that_kills_or_hangs_the_process_is_parked_and_its_mates_are_stored(
     database: Database, spawn: Spawn, poison: str, variables: dict[str, str]

@@ -1,7 +1,8 @@
 """`python -m tests.tiny_worker run`: the real command with a model that is instant and can kill.
 
-A text with "segfault" in it ends the process as a broken library does, one with "hang" never
-returns, one with "slow" takes two seconds, unless HURRY is set. DIE_AT names the step at which the
+A text with "segfault" in it ends the process as a broken library does, with one with "gpu" nothing
+more can be computed, one with "hang" never returns, one with "slow" takes two seconds, unless HURRY
+is set. DIE_AT names the step at which the
 process kills itself, HANG_AT the one from which its loop does not return.
 """
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from listener import cli, commands_run, health
 from listener.config import Settings
 from listener.encoding import Encoder
+from listener.errors import EncoderLost
 from listener.logs import log
 from listener.queue import Queue
 from listener.wakeup import Wakeup
@@ -40,9 +42,14 @@ STEPS: dict[str, tuple[type, str, str]] = {
 class DeadlyEmbedder(TinyEmbedder):
     """Kills the process, hangs or dawdles, as the text says."""
 
+    _gpu_has_failed = False
+
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         if any("segfault" in text for text in texts):
             os.kill(os.getpid(), signal.SIGSEGV)
+        self._gpu_has_failed = self._gpu_has_failed or any("gpu" in text for text in texts)
+        if self._gpu_has_failed:
+            raise EncoderLost("the GPU failed")
         while any("hang" in text for text in texts):
             time.sleep(1)
         if "HURRY" not in os.environ and any("slow" in text for text in texts):
