@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,12 +62,37 @@ def convert(settings: Settings) -> Path:
     original = SentenceTransformersEmbedder(files)
     target = converted_directory(files, settings)
     if not _is_exact(original, files, target):
-        _replace(target, original, files)
-    # Fills the cache of compiled kernels, which knows the model by its path.
-    OpenVinoEmbedder(files, target)
+        with _alone(target.parent):
+            if not _is_exact(original, files, target):
+                _replace(target, original, files)
+            # Fills the cache of compiled kernels, which knows the model by its path.
+            OpenVinoEmbedder(files, target)
     for compiled in (target / engine_openvino.COMPILED).glob("*"):
         compiled.chmod(0o644)  # the service may run under another account
     return target
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One conversion at a time, or one would take another's files away."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    try:
+        # Released by the end of the process, too.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _not_writable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"MODEL_CACHE {folder.parent} can't be written ({error.strerror}); name a directory that "
+        "can"
+    )
 
 
 def _require_convertible(files: ModelFiles) -> None:
@@ -112,7 +140,6 @@ def _is_exact(original: SentenceTransformersEmbedder, files: ModelFiles, directo
 def _replace(target: Path, original: SentenceTransformersEmbedder, files: ModelFiles) -> None:
     """Write beside the target, prove, then rename: half a model is never seen."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as folder:
             made = Path(folder) / "made"
             made.mkdir()
@@ -128,10 +155,7 @@ def _replace(target: Path, original: SentenceTransformersEmbedder, files: ModelF
                 target.rename(Path(folder) / "old")
             made.rename(target)
     except OSError as error:
-        raise ConfigError(
-            f"MODEL_CACHE {target.parent.parent} can't be written ({error.strerror}); name a "
-            "directory that can"
-        ) from error
+        raise _not_writable(target.parent, error) from error
 
 
 def _write(folder: Path, original: SentenceTransformersEmbedder, files: ModelFiles) -> None:

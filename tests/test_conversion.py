@@ -17,6 +17,7 @@ from listener.embedder import load_embedder
 from listener.engine_openvino import converted_directory
 from listener.errors import ConfigError
 from listener.model import locate
+from tests.harness import Command
 from tests.test_engines import chosen
 
 # --- conversion ----------------------------------------------------------------------------------
@@ -31,6 +32,20 @@ def test_a_second_conversion_keeps_the_first(converted: Settings) -> None:
     after = (folder / engine_openvino.MANIFEST).stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_conversions_at_once_all_leave_the_model(
+    converted: Settings, tmp_path: Path, spawn: Callable[..., Command]
+) -> None:
+    """None takes another's files away."""
+    settings = replace(converted, model_cache=tmp_path)
+
+    conversions = [spawn(settings, "model", "convert") for _ in range(4)]
+
+    assert [one.process.wait(120) for one in conversions] == [0] * 4, [
+        one.output() for one in conversions
+    ]
+    assert load_embedder(replace(settings, engine="openvino")).engine == "openvino"
 
 
 def test_a_conversion_whose_vectors_differ_leaves_nothing(

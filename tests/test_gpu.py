@@ -16,7 +16,7 @@ from tests.test_engines import EXACT, encoded, least_cosine, mixed_texts
 
 pytestmark = pytest.mark.gpu
 
-POISON = "poison"
+POISON = "zqxjpoison"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def broken_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     directory = tmp_path_factory.mktemp("models") / "broken"
     loaded = SentenceTransformer(str(model), device="cpu")
-    loaded.tokenizer.add_tokens([POISON])
+    assert loaded.tokenizer.add_tokens([POISON]) == 1
     loaded.save(str(directory))
     return directory
 

@@ -6,17 +6,19 @@ import json
 import shutil
 import tracemalloc
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from listener.config import GTE_SMALL, GTE_SMALL_REVISION, Settings
 from listener.embedder import load_embedder
 from listener.encoding import Encoder
 from listener.engine_torch import SentenceTransformersEmbedder
-from listener.errors import ConfigError, EmbeddingError, ModelFault
+from listener.errors import ConfigError, EmbeddingError, EncoderLost, ModelFault
 from listener.model import locate
 from tests.harness import TinyEmbedder, listener, vector_of
 
@@ -62,6 +64,27 @@ def test_torch_gives_the_vectors_of_the_library(minilm: Path, tmp_path: Path, pr
     np.testing.assert_allclose(vectors, library.encode(texts, normalize_embeddings=True), atol=1e-6)
     plain = library.encode(texts, prompt="", normalize_embeddings=True)
     assert np.allclose(vectors, plain, atol=1e-6) is not bool(prompt)
+
+
+def test_an_error_of_the_gpu_is_no_texts_fault(
+    minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not halved, not tried again in this process; `test_gpu.py` has it from a real one."""
+    settings = Settings(embedding_model=str(minilm), engine="torch")
+    encoder = Encoder(lambda: load_embedder(settings), cache_texts=0)
+
+    def forward(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore")
+
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer.forward", forward)
+
+    with (
+        closing(encoder),
+        pytest.raises(EncoderLost, match=r"failed \(CUDA error: unspecified lau"),
+    ):
+        encoder.encode(["pump running hot", "door left open"])
+    with pytest.raises(EncoderLost, match="CUDA_VISIBLE_DEVICES=-1"):
+        load_embedder(settings)
 
 
 def test_real_weights_put_like_meanings_together(minilm: Path) -> None:
