@@ -25,6 +25,8 @@ class Embedder(Protocol):
     engine: str
     fingerprint: str
     max_tokens: int | None
+    # What one more pass costs, as if it were tokens.
+    pass_tokens: int
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Shape (len(texts), 384), rows of unit length, in the order of the texts.

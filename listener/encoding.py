@@ -86,7 +86,7 @@ class Encoder:
                 [index for one in together for index in by_text[unknown[one]]],
                 lengths[together[0]] * len(together),
             )
-            for together in plan_passes(lengths, most_tokens)
+            for together in plan_passes(lengths, most_tokens, self._embedder.pass_tokens)
         ]
         passes[0].indices.extend(known)
         return passes

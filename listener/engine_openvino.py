@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from listener import passes
 from listener.config import DIMENSION, Settings
 from listener.counters import counters
 from listener.errors import ConfigError
@@ -68,6 +69,7 @@ class OpenVinoEmbedder:
     """OpenVINO on the CPU; pooling and unit length are part of the graph."""
 
     engine = "openvino"
+    pass_tokens = passes.ON_CPU
 
     @classmethod
     def of_cache(cls, files: ModelFiles, settings: Settings) -> OpenVinoEmbedder:

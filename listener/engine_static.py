@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from listener import passes
 from listener.counters import counters
 from listener.model import ModelFiles, cannot_be_loaded, require_dimension
 
@@ -35,6 +36,7 @@ class StaticEmbedder:
     """The mean of the vectors of a text's tokens, brought to unit length; float32."""
 
     engine = "static"
+    pass_tokens = passes.ON_CPU
 
     def __init__(self, files: ModelFiles) -> None:
         """Load the table. Raises ConfigError if it is damaged or gives no 384 numbers."""

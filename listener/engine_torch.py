@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from transformers.utils import logging as transformers_logging
 
+from listener import passes
 from listener.config import DIMENSION
 from listener.counters import counters
 from listener.errors import ConfigError, EncoderLost
@@ -37,6 +38,7 @@ class SentenceTransformersEmbedder:
         self._threads = torch.get_num_threads()
         on_gpu = torch.cuda.is_available()
         self.engine = f"torch on {torch.cuda.get_device_name()}" if on_gpu else "torch"
+        self.pass_tokens = passes.ON_GPU if on_gpu else passes.ON_CPU
         try:
             self.model = SentenceTransformer(
                 str(files.directory),

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from listener import install, queries
+from listener import install, passes, queries
 from listener.catalogue import read_facts
 from listener.config import Settings
 from listener.counters import counters
@@ -88,6 +88,7 @@ class TinyEmbedder:
     engine: str = "tiny"
     fingerprint: str = "tests/tiny@1/fp32"
     max_tokens: int | None = 512
+    pass_tokens: int = passes.ON_CPU
     encoded: list[str] = field(default_factory=list)
     # Cleared, it holds every encode until it is set again.
     may_run: threading.Event = field(default_factory=threading.Event)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from listener.encoding import Encoder
-from listener.passes import _PASS_TOKENS, plan_passes
+from listener.passes import ON_CPU, plan_passes
 from tests.harness import Database, TinyEmbedder, serving, wait_until
 
 MOST = 100
@@ -19,9 +19,7 @@ lengths_of_texts = st.lists(st.integers(0, 130), min_size=1, max_size=60)
 
 
 def cost(lengths: Sequence[int], passes: Sequence[Sequence[int]]) -> int:
-    return sum(
-        _PASS_TOKENS + len(one) * max(1, *(lengths[index] for index in one), 1) for one in passes
-    )
+    return sum(ON_CPU + len(one) * max(1, *(lengths[index] for index in one), 1) for one in passes)
 
 
 def all_cuts(lengths: Sequence[int]) -> Iterator[list[list[int]]]:
