@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from listener.encoding import Encoder
-from listener.passes import ON_CPU, plan_passes
+from listener.passes import ON_CPU, ON_GPU, plan_passes
 from tests.harness import Database, TinyEmbedder, serving, wait_until
 
 MOST = 100
@@ -18,8 +18,10 @@ MOST = 100
 lengths_of_texts = st.lists(st.integers(0, 130), min_size=1, max_size=60)
 
 
-def cost(lengths: Sequence[int], passes: Sequence[Sequence[int]]) -> int:
-    return sum(ON_CPU + len(one) * max(1, *(lengths[index] for index in one), 1) for one in passes)
+def cost(lengths: Sequence[int], passes: Sequence[Sequence[int]], one_pass: int) -> int:
+    return sum(
+        one_pass + len(one) * max(1, *(lengths[index] for index in one), 1) for one in passes
+    )
 
 
 def all_cuts(lengths: Sequence[int]) -> Iterator[list[list[int]]]:
@@ -43,14 +45,17 @@ def test_every_text_is_in_one_pass_and_no_pass_is_too_long(lengths: list[int]) -
         assert len(one) == 1 or len(one) * max(lengths[index] for index in one) <= MOST
 
 
-@given(st.lists(st.sampled_from([2, 3, 20, 21, 22, 90, 120]), min_size=1, max_size=8))
-def test_no_other_cut_of_distinct_lengths_costs_less(lengths: list[int]) -> None:
+@given(
+    st.lists(st.sampled_from([2, 3, 20, 21, 22, 90, 120]), min_size=1, max_size=8),
+    st.sampled_from([ON_CPU, ON_GPU]),
+)
+def test_no_other_cut_of_distinct_lengths_costs_less(lengths: list[int], one_pass: int) -> None:
     """Compared with every other, where each length is there once."""
     lengths = sorted(set(lengths))
 
-    found = cost(lengths, plan_passes(lengths, MOST))
+    found = cost(lengths, plan_passes(lengths, MOST, one_pass), one_pass)
 
-    assert found == min(cost(lengths, passes) for passes in all_cuts(lengths))
+    assert found == min(cost(lengths, passes, one_pass) for passes in all_cuts(lengths))
 
 
 def test_like_lengths_go_together_and_the_longest_first() -> None:
@@ -58,6 +63,7 @@ def test_like_lengths_go_together_and_the_longest_first() -> None:
     lengths = [10, 100, 10, 11, 100]
 
     assert plan_passes(lengths, 1000) == [[1, 4], [3, 0, 2]]
+    assert plan_passes(lengths, 1000, ON_GPU) == [[1, 4, 3, 0, 2]]
 
 
 @pytest.fixture
