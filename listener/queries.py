@@ -176,7 +176,8 @@ returning
 
 # Lease up to `events` due events, live before backfill, of that at most `backfill_events`. Events
 # whose worker died are kept apart: the first time a quarter of a claim, later alone, so that one
-# that kills the process is found while its mates finish; after the last attempt they are parked.
+# that kills the process is found while its mates finish; after `most_deaths` attempts they are
+# parked.
 CLAIM = """
 with live as materialized (
   select q.event_id, q.lane, q.due_at, q.lease, q.attempts
@@ -212,15 +213,15 @@ with live as materialized (
 )
 update listener.queue q
 set
-  lease = case when q.attempts >= %(max_attempts)s then null else k.lease end,
-  worker = case when q.attempts >= %(max_attempts)s then null else %(worker)s::bigint end,
-  attempts = least(q.attempts + 1, %(max_attempts)s),
+  lease = case when q.attempts >= %(most_deaths)s then null else k.lease end,
+  worker = case when q.attempts >= %(most_deaths)s then null else %(worker)s::bigint end,
+  attempts = least(q.attempts + 1, %(most_deaths)s),
   due_at = case
-    when q.attempts >= %(max_attempts)s then 'infinity'
+    when q.attempts >= %(most_deaths)s then 'infinity'
     else now() + %(lease_seconds)s * interval '1 second'
   end,
   error = case
-    when q.attempts >= %(max_attempts)s
+    when q.attempts >= %(most_deaths)s
     then coalesce(q.error, 'its worker died or lost its lease on every attempt')
     else q.error
   end

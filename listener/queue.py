@@ -32,6 +32,8 @@ _PASSING_LOCK_SECONDS = (0.005, 0.01, 0.02, 0.04)
 _LATER_SECONDS = 0.5
 # Where listener.change begins.
 _FIRST_PLACE = "(0,0)"
+# By how many deaths an event has been claimed alone once; before, its mates may be to blame.
+_FIRST_ALONE = 3
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Queue:
             queries.CLAIM,
             events=events,
             backfill_events=backfill_events,
-            max_attempts=self._settings.max_attempts,
+            most_deaths=max(self._settings.max_attempts, _FIRST_ALONE),
             lease_seconds=self._settings.lease_seconds,
             worker=self._worker,
         )

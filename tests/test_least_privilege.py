@@ -80,6 +80,7 @@ _PARAMETERS = {
     "max_attempts": 5,
     "model": TinyEmbedder.fingerprint,
     "moment": 0.0,
+    "most_deaths": 5,
     "payload": "",
     "pid": 1,
     "position": "(0,1)",

@@ -468,7 +468,7 @@ def test_an_insert_over_the_row_of_a_deleted_event_is_neither_discarded_nor_park
     ("statement", "parameters", "scan"),
     [
         (queries.TAKE, {"position": "(9,1)"}, "Tid Range Scan on change"),
-        (queries.CLAIM, {"backfill_events": 9, "max_attempts": 5}, "queue_lane_due_at_idx"),
+        (queries.CLAIM, {"backfill_events": 9, "most_deaths": 5}, "queue_lane_due_at_idx"),
     ],
     ids=["changes", "queue"],
 )
