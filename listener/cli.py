@@ -9,8 +9,9 @@ import traceback
 import click
 
 from listener import __version__, commands_install, commands_read, commands_run
+from listener.config import is_utf8
 from listener.console import say
-from listener.errors import ListenerError
+from listener.errors import ConfigError, ListenerError
 
 # For each session of ours, whatever shell, role or database say: all texts, and the only style of
 # dates that the driver reads.
@@ -51,6 +52,8 @@ def main() -> None:
 
 def _run() -> int:
     try:
+        if not all(map(is_utf8, sys.argv)):
+            raise ConfigError("an argument is not in UTF-8")
         cli(standalone_mode=False)
     except click.ClickException as error:
         error.show()

@@ -131,11 +131,11 @@ class Settings:
         """The parts of DATABASE_URL. libpq's complaints quote it, so they are not passed on."""
         try:
             parameters = conninfo_to_dict(self.database_url)
-        except ProgrammingError:
+        except (ProgrammingError, UnicodeDecodeError):
             raise ConfigError(
                 "DATABASE_URL is not a connection string; write "
                 "postgresql://user:password@host:5432/database with special characters of the "
-                "password percent-encoded (@ is %40, : is %3A, / is %2F), and after a ? only "
+                "password percent-encoded in UTF-8 (@ is %40, : is %3A, / is %2F), and after a ? only "
                 "parameters of libpq (pgbouncer=true is none)"
             ) from None
         # A password that isn't encoded ends up in these parts, and they would be quoted in errors.
@@ -152,7 +152,11 @@ class Settings:
         parameters = self.connection_parameters()
         found = {str(parameters.get(name, "")) for name in ("password", "sslpassword")}
         found.add(os.environ.get("PGPASSWORD", ""))
-        forms = {form for bare in found for form in (bare, quote(bare, safe=""), repr(bare)[1:-1])}
+        forms = {
+            form
+            for bare in found
+            for form in (bare, quote(bare, safe="", errors="surrogateescape"), repr(bare)[1:-1])
+        }
         forms |= {form for pair in _PASSWORDS.findall(self.database_url) for form in pair}
         return {form for form in (self.database_url, *forms) if form}
 
@@ -172,8 +176,19 @@ def load_settings() -> Settings:
     return Settings.from_environment(os.environ)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether it was UTF-8 before Python read it from the environment or the command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _parse(spec: Field[Any], kind: type, raw: str) -> Any:
     name, text = spec.name.upper(), raw.strip()
+    if not is_utf8(text):
+        raise ConfigError(f"{name} is not in UTF-8")
     if kind is Path:
         return Path(text).expanduser()
     if kind is str:

@@ -40,6 +40,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: str, says: 
         "nonsense s3cret",
         "postgresql://u:s3cret@h:port/db",
         "postgresql://u:s3cret@h/db?pgbouncer=true",
+        "postgresql://u:s3cret%FC@h/db",
     ],
 )
 def test_a_bad_connection_string_is_not_quoted(url: str) -> None:
@@ -72,6 +73,28 @@ def test_an_env_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> No
     assert finished.returncode == 2
     assert finished.stderr.startswith("listener: .env in the current directory can't be read")
     assert len(finished.stderr.splitlines()) == 1
+    assert "s3cr" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "says"),
+    [
+        (["search", "k\udcfchl"], {}, "an argument is not in UTF-8"),
+        (["status"], {"EMBEDDING_MODEL": "/models/k\udcfchl"}, "EMBEDDING_MODEL is not in UTF-8"),
+        (["status"], {"DATABASE_URL": "postgresql://u:s3cr\udcfct@h/db"}, "DATABASE_URL is not in"),
+        (["status"], {"PGPASSWORD": "s3cr\udcfct", "PGPORT": "1"}, "no connection to Postgres"),
+    ],
+)
+def test_what_is_not_in_utf8_is_one_clear_line(
+    tmp_path: Path, arguments: list[str], variables: dict[str, str], says: str
+) -> None:
+    """Exit 2; a password alone is libpq's, in whatever encoding the server knows it."""
+    settings = Settings(reports_dir=tmp_path)
+
+    finished = listener(settings, *arguments, check=False, cwd=tmp_path, **variables)
+
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"listener: {says}")
     assert "s3cr" not in finished.stderr
 
 
