@@ -135,8 +135,8 @@ class Settings:
             raise ConfigError(
                 "DATABASE_URL is not a connection string; write "
                 "postgresql://user:password@host:5432/database with special characters of the "
-                "password percent-encoded in UTF-8 (@ is %40, : is %3A, / is %2F), and after a ? only "
-                "parameters of libpq (pgbouncer=true is none)"
+                "password percent-encoded in UTF-8 (@ is %40, : is %3A, / is %2F), and after a ? "
+                "only parameters of libpq (pgbouncer=true is none)"
             ) from None
         # A password that isn't encoded ends up in these parts, and they would be quoted in errors.
         astray = any("@" in str(parameters.get(part, "")) for part in ("host", "port", "dbname"))
