@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from io import TextIOWrapper
 
 import click
 
@@ -47,6 +48,9 @@ def main() -> None:
     if sys.argv[1:3] != ["model", "fetch"]:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.update(_SESSION)
+    # What a device wrote may not exist in the terminal's encoding.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(_run())
 
 

@@ -25,6 +25,14 @@ GTE_SMALL = "thenlper/gte-small"
 GTE_SMALL_REVISION = "17e1f347d17fe144873b1201da91788898c639cd"
 
 
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        # What Debian gives an account that has none.
+        return Path("/nonexistent")
+
+
 def _setting(
     default: Any,
     meaning: str,
@@ -59,7 +67,7 @@ class Settings:
         "fp32", "fp32, or bf16 with OpenVINO: other vectors.", choices=("fp32", "bf16")
     )
     model_cache: Path = _setting(
-        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "iot-event-listener",
+        Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "iot-event-listener",
         "Where `listener model convert` keeps what it made.",
     )
     backfill_last_n: int = _setting(
@@ -103,7 +111,7 @@ class Settings:
     demo_dir: Path = _setting(
         Path("/var/lib/iot-event-listener")
         if os.geteuid() == 0
-        else Path("~/.local/share/iot-event-listener").expanduser(),
+        else _home() / ".local/share/iot-event-listener",
         "Where the demo keeps its Postgres.",
     )
     log_format: str = _setting("logfmt", "logfmt or json.", choices=("logfmt", "json"))
@@ -176,6 +184,14 @@ def load_settings() -> Settings:
     return Settings.from_environment(os.environ)
 
 
+def expanded(name: str, path: str) -> Path:
+    """The path that the setting `name` means. Raises ConfigError if its `~` is nobody's."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{name} is {path!r}; no such home directory is known here") from None
+
+
 def is_utf8(text: str) -> bool:
     """Whether it was UTF-8 before Python read it from the environment or the command line."""
     try:
@@ -190,7 +206,7 @@ def _parse(spec: Field[Any], kind: type, raw: str) -> Any:
     if not is_utf8(text):
         raise ConfigError(f"{name} is not in UTF-8")
     if kind is Path:
-        return Path(text).expanduser()
+        return expanded(name, text)
     if kind is str:
         choices = spec.metadata.get("choices", ())
         if choices and text not in choices:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from listener.config import DIMENSION, Settings
+from listener.config import DIMENSION, Settings, expanded
 from listener.errors import ConfigError
 
 # Weights as safetensors only; no pickles, no code, no other engines' copies of the weights.
@@ -64,7 +64,7 @@ def locate(settings: Settings) -> ModelFiles:
 
     Raises ConfigError with the command that fetches it.
     """
-    directory = Path(settings.embedding_model).expanduser()
+    directory = expanded("EMBEDDING_MODEL", settings.embedding_model)
     if directory.is_dir():
         digest = _digest(directory)
         name = f"{_short_path(directory)}@{digest[:12]}"

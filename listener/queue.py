@@ -217,6 +217,8 @@ class Queue:
 
         Returns how many events were still ours to fail.
         """
+        # A library may quote bytes that Postgres has no text for.
+        reason = reason.replace("\0", r"\x00").encode(errors="backslashreplace").decode()
         rows = self._execute(
             queries.FAIL,
             event_ids=list(event_ids),

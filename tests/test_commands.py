@@ -119,6 +119,15 @@ def test_no_terminal_obeys_what_a_device_wrote(static: Database) -> None:
     assert not [text for text in shown if re.search(r"[^\n\t -~\xa0-\U0010ffff]", text)]
 
 
+def test_what_a_terminal_has_no_letter_for_is_an_escape(static: Database) -> None:
+    """An old encoding fails no command."""
+    (event_id,) = static.insert("温度")
+
+    shown = listener(static.settings, "show", str(event_id), PYTHONIOENCODING="latin-1").stdout
+
+    assert "message: \\u6e29\\u5ea6" in shown
+
+
 @pytest.mark.parametrize(("event_id", "says"), [("999", "no event 999"), ("x", "not of the type")])
 def test_show_of_no_event_says_so(database: Database, event_id: str, says: str) -> None:
     """Exit 2 and one line."""

@@ -25,6 +25,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         ("BACKFILL_LAST_N", "9999999999", "at least 0 and at most 2147483647"),
         ("MAX_ATTEMPTS", "1000000", "at least 1 and at most 1000"),
         ("NOTIFY", "sometimes", "one of gated, always, never"),
+        ("MODEL_CACHE", "~nobody-has-this-name/x", "no such home directory"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: str, says: str) -> None:

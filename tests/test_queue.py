@@ -223,6 +223,18 @@ def test_a_failed_event_is_due_again_later_and_parked_in_the_end(database: Datab
     assert set(database.embedded()) == {good_a, good_b}
 
 
+def test_a_reason_that_a_text_column_cannot_hold_is_kept_as_escapes(
+    database: Database, queue: Queue
+) -> None:
+    """Libraries quote what they were given, however broken."""
+    database.insert("a")
+    claim = claimed(queue)
+
+    assert queue.fail(claim.lease, claim.event_ids, "byte \0 and \udcff") == 1
+
+    assert database.queue()[0][6] == "byte \\x00 and \\udcff"
+
+
 @pytest.mark.parametrize("text", ["nan", "zero"])
 def test_a_vector_that_is_no_unit_vector_never_reaches_the_table(
     database: Database, text: str
