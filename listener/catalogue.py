@@ -105,6 +105,17 @@ select
   exists (select from pg_catalog.pg_roles where rolname = 'listener_worker')
     as worker_role_exists,
   to_regclass('listener.applied') is not null as installed,
+  exists (
+    select from pg_catalog.pg_proc p
+    join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+    where n.nspname = 'listener' and p.proname = 'queue_inserted' and p.proowner = o.oid
+  ) as owner_role_owns,
+  coalesce(
+    (select has_table_privilege(w.oid, to_regclass('listener.queue')::oid, 'insert')
+     from pg_catalog.pg_roles w
+     where w.rolname = 'listener_worker'),
+    false
+  ) as worker_role_has_rights,
   (select format_type(a.atttypid, a.atttypmod)
    from pg_catalog.pg_attribute a
    where a.attrelid = to_regclass('public.event_embeddings')
@@ -203,6 +214,8 @@ class Facts:
     member_of_owner_role: bool
     worker_role_exists: bool
     installed: bool
+    owner_role_owns: bool
+    worker_role_has_rights: bool
     embeddings_type: str | None
     embeddings_columns: list[str]
     embeddings_key_is_unique: bool

@@ -89,7 +89,11 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
         create = f"create extension if not exists vector with schema {schema};"
         steps.append(Step("create extension", create))
     texts = {file: fill(sql_text(file), values) for file in sql_files()}
-    if not _is_whole(facts) or _something_is_gone(conn, texts.values()):
+    if (
+        not _is_whole(facts)
+        or _something_is_gone(conn, texts.values())
+        or _rights_are_gone(facts, applied)
+    ):
         # Whoever took that away may have altered more; and later files grant rights on what earlier
         # ones make.
         applied = {}
@@ -119,27 +123,42 @@ def _something_is_gone(conn: Connection, texts: Iterable[str]) -> bool:
         return conn.execute(_GONE, {"names": names}).fetchone() is not None
 
 
+def _rights_are_gone(facts: Facts, applied: dict[str, str]) -> bool:
+    """As after a dump that was restored without owners and privileges, or on another server."""
+    owner_is_lost = _OWNER_FILE in applied and not facts.owner_role_owns
+    rights_are_lost = _WORKER_FILE in applied and not facts.worker_role_has_rights
+    return (owner_is_lost and _may_own(facts)) or (rights_are_lost and _may_grant(facts))
+
+
+def _may_own(facts: Facts) -> bool:
+    may_create = facts.may_create_role and not facts.owner_role_exists
+    return may_create or facts.member_of_owner_role
+
+
+def _may_grant(facts: Facts) -> bool:
+    return facts.worker_role_exists or facts.may_create_role
+
+
 def _is_needed(
     step: Step, facts: Facts, applied: dict[str, str], columns_given: bool, notes: list[str]
 ) -> bool:
     changed = applied.get(step.file) != step.digest
     if step.file == _OWNER_FILE:
-        may_create = facts.may_create_role and not facts.owner_role_exists
-        if not (may_create or facts.member_of_owner_role):
+        if not _may_own(facts):
             notes.append(
                 f"role {facts.role} can't create role listener_owner or is no member of it: the "
                 "trigger functions stay its own"
             )
             return False
-        return changed or not facts.owner_role_exists
+        return changed
     if step.file == _WORKER_FILE:
-        if not (facts.worker_role_exists or facts.may_create_role):
+        if not _may_grant(facts):
             notes.append(
                 f"role {facts.role} can't create role listener_worker: the service runs as "
                 f"{facts.role}, or have that role created and install again"
             )
             return False
-        return changed or not facts.worker_role_exists
+        return changed
     if step.file == _TRIGGERS_FILE:
         return not facts.triggers_right
     if step.file == _INPUT_FILE and facts.input_source is not None:

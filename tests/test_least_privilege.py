@@ -30,7 +30,7 @@ from tests.test_install import install_in, with_events
 MakeServer = Callable[..., Server]
 
 # Every right on an object of ours, but for those of its owner.
-_GRANTS = """
+GRANTS = """
 with granted as (
   select 'schema ' || n.nspname as object, n.nspowner as owner, null as part, a.*
   from pg_namespace n, aclexplode(n.nspacl) a
@@ -129,7 +129,7 @@ def seen_by(database: Database, name: str) -> list[int]:
 
 def test_the_documented_rights_are_those_in_the_catalogue(database: Database) -> None:
     """Of every role but the owners, on every object of ours; none is for everybody."""
-    granted = set(database.rows(_GRANTS))
+    granted = set(database.rows(GRANTS))
 
     assert granted == documented()
 
@@ -463,7 +463,7 @@ def test_an_upgrade_closes_what_was_open(database: Database) -> None:
 
     install_in(database.conn)
 
-    assert set(database.rows(_GRANTS)) == documented()
+    assert set(database.rows(GRANTS)) == documented()
     assert database.rows("select polname from pg_policy") == [("event_embeddings_as_events",)]
     database.insert("a")
     with serving(database):
