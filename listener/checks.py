@@ -16,7 +16,7 @@ from listener.database import Connection, connect
 from listener.embedder import load_embedder
 from listener.errors import ListenerError
 from listener.finding import Finding
-from listener.install import verify
+from listener.install import require_input, verify
 from listener.preflight import events_problem, rights_problem
 from listener.queue import Claim, Event, EventId, Queue
 
@@ -88,6 +88,7 @@ def _check_events(facts: Facts) -> Finding:
 def _check_schema(work: Connection) -> Finding:
     try:
         facts = verify(work)
+        require_input(work)
     except ListenerError as error:
         return Finding("schema", False, str(error), error.exit_code)
     return Finding("schema", True, f"installed; triggers on; {facts.embeddings_type}")

@@ -472,6 +472,29 @@ def test_another_table_of_the_name_is_taken_over_by_an_install(
     assert static.embedded() == {}
 
 
+@pytest.mark.parametrize("ddl", ["rename column message to note", "drop column message"])
+def test_a_column_that_is_gone_is_named_and_the_events_wait_for_a_new_install(
+    static: Database, ddl: str
+) -> None:
+    """Writers go on; exit 3 of the service, which check explains and `install` puts right."""
+    static.rows(f"alter table public.iot_events {ddl}")
+    static.rows(
+        "insert into public.iot_events (device_id, event_type, severity) values ('p', 't', 'w')"
+    )
+
+    run, check = (listener(static.settings, one, check=False) for one in ("run", "check"))
+    refused = listener(static.owner, "install", check=False)
+    listener(static.owner, "install", "--columns", "event_type,severity")
+    listener(static.settings, "run", "--once")
+
+    assert (run.returncode, check.returncode) == (3, 3)
+    assert "run `listener install`" in run.stderr
+    assert "listener.embedding_input can't be evaluated (" in check.stdout
+    assert refused.returncode == 3
+    assert "iot_events has no column message" in refused.stderr
+    assert len(static.embedded()) == 1
+
+
 def test_an_id_of_another_type_is_refused_with_the_remedy(database: Database) -> None:
     """The tables that were made for the old type can't follow by themselves."""
     database.rows("alter table public.iot_events rename to iot_events_old")
