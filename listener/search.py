@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import psycopg
 from psycopg.rows import class_row
 
 from listener import queries
 from listener.database import Connection, translated
+from listener.errors import SchemaError
 from listener.queue import EventId, Vector
 
 
@@ -56,11 +58,19 @@ def readable(text: str | None) -> str:
 
 
 def nearest(conn: Connection, vector: Vector, model: str, limit: int) -> list[Hit]:
-    """The events nearest to a unit vector, best first, among those of the same model."""
-    with translated():
-        rows = conn.execute(
-            queries.NEAREST, {"embedding": vector, "model": model, "limit": limit}
-        ).fetchall()
+    """The events nearest to a unit vector, best first, among those of the same model.
+
+    Raises SchemaError if the database has no vectors.
+    """
+    parameters = {"embedding": vector, "model": model, "limit": limit}
+    try:
+        with translated():
+            rows = conn.execute(queries.NEAREST, parameters).fetchall()
+    except psycopg.ProgrammingError as error:
+        if error.sqlstate is not None:
+            raise
+        # The driver's own: there was no such type when it connected.
+        raise SchemaError("the database has no pgvector; run `listener install`") from error
     return [Hit(*row) for row in rows]
 
 

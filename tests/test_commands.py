@@ -149,6 +149,16 @@ def test_search_finds_by_meaning(database: Database, minilm: Path) -> None:
     assert "bearing temperature" in found.stdout.splitlines()[0]
 
 
+def test_search_without_pgvector_says_so(static: Database) -> None:
+    """Exit 3 and one line."""
+    static.rows("drop extension vector cascade")
+
+    finished = listener(static.settings, "search", "pump", check=False)
+
+    assert finished.returncode == 3
+    assert finished.stderr == "listener: the database has no pgvector; run `listener install`\n"
+
+
 def test_search_before_anything_is_embedded_says_so(static: Database) -> None:
     """An empty answer would look like a bad search."""
     finished = listener(static.settings, "search", "anything", check=False)
