@@ -154,11 +154,7 @@ def devices_command(sample: int, model: str) -> None:
 @click.option(
     "--model", help="What the workers encode with; by default what costs next to nothing."
 )
-@click.option(
-    "--only-plain",
-    is_flag=True,
-    help="Of the peers the plain recipe alone.",
-)
+@click.option("--only-plain", is_flag=True, help="Of the peers the plain recipe alone.")
 def writers_command(
     clients: tuple[int, ...], seconds: int, rounds: int, model: str | None, only_plain: bool
 ) -> None:

@@ -30,10 +30,10 @@ def run(model: Model, count: int) -> Section:
     templates = _device_texts()
     texts = list(templates) or random_texts(count, seed=7)
     exact = _encode(model, TORCH, texts)
-    rows = [
-        _cells(engine, exact, _encode(model, engine, texts), [*templates.values()])
-        for engine in systems.all_engines()
-    ]
+    vectors = {TORCH: exact}
+    for engine in systems.all_engines():
+        if engine != TORCH:
+            vectors[engine] = _encode(model, engine, texts)
     return Section(
         f"Precision, model {model.name}",
         f"{len(texts)} distinct {'messages of real devices' if templates else 'random texts'}. "
@@ -41,7 +41,7 @@ def run(model: Model, count: int) -> Section:
         f"text's {_NEIGHBOURS} nearest other texts that float32 finds, too. Template: the share of "
         "them that come from the same log template.",
         ("engine", "least cosine", "mean cosine", "neighbours", "template", "target"),
-        tuple(rows),
+        tuple(_cells(engine, exact, of, [*templates.values()]) for engine, of in vectors.items()),
         tuple(systems.what_is_missing()),
     )
 
