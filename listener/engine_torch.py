@@ -120,8 +120,9 @@ def _require_float32(model: SentenceTransformer, files: ModelFiles) -> None:
 
 def _gpu_failed(error: RuntimeError) -> EncoderLost:
     # After the first failure of a kernel, no other runs in this process.
+    cause, _, _ = str(error).partition("\n")
     return EncoderLost(
-        f"the GPU failed ({str(error).partition('\n')[0]}); the process ends, to be started again; "
+        f"the GPU failed ({cause}); the process ends, to be started again; "
         "to compute on the CPU, set CUDA_VISIBLE_DEVICES=-1"
     )
 
