@@ -22,7 +22,7 @@ from bench.texts import embedded_texts
 from listener.config import Settings
 from listener.database import Connection, connect
 
-DATA_SET = REPOSITORY.parent / "shared" / "data" / "device_events.csv"
+_DATA_SET = REPOSITORY.parent / "shared" / "data" / "device_events.csv"
 
 _TITLE = "Real device events"
 _COLUMNS = ("device_id", "event_type", "severity", "message", "created_at")
@@ -87,10 +87,9 @@ class Drained:
 
 def run(cluster: Cluster, model: Model, sample: int) -> Section:
     """One COPY of all events to a service that sleeps; a line instead if the data isn't there."""
-    if not DATA_SET.exists():
+    events = read_events()
+    if not events:
         return Section(_TITLE, "Skipped: no data set of device events beside this clone.")
-    with DATA_SET.open(newline="") as file:
-        events = list(csv.DictReader(file))
     with cluster.database("devices") as url:
         install_listener(url)
         drained = _drain(cluster, url, model, events)
@@ -101,6 +100,14 @@ def run(cluster: Cluster, model: Model, sample: int) -> Section:
     wait_for_quiet()
     bare = bare_seconds(model.directory, drained.texts, cluster.folder)
     return _section(model, drained, bare, precisions, min(sample, len(events)))
+
+
+def read_events() -> list[dict[str, str]]:
+    """All events in order, a dictionary each; empty where they aren't beside this clone."""
+    if not _DATA_SET.exists():
+        return []
+    with _DATA_SET.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _drain(cluster: Cluster, url: str, model: Model, events: Sequence[dict[str, str]]) -> Drained:

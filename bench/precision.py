@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench import systems
-from bench.devices import DATA_SET
+from bench.devices import read_events
 from bench.models import Model
 from bench.progress import say
 from bench.report import Section, at_least
@@ -27,7 +26,7 @@ Vectors = NDArray[np.float32]
 
 def run(model: Model, count: int) -> Section:
     """On device events where they are beside this clone, else on `count` random texts."""
-    templates = _device_texts()
+    templates = {event["message"]: event["template"] for event in read_events()}
     texts = list(templates) or random_texts(count, seed=7)
     exact = _encode(model, TORCH, texts)
     vectors = {TORCH: exact}
@@ -44,14 +43,6 @@ def run(model: Model, count: int) -> Section:
         tuple(_cells(engine, exact, of, [*templates.values()]) for engine, of in vectors.items()),
         tuple(systems.what_is_missing()),
     )
-
-
-def _device_texts() -> dict[str, str]:
-    """Template by distinct message."""
-    if not DATA_SET.exists():
-        return {}
-    with DATA_SET.open(newline="") as file:
-        return {row["message"]: row["template"] for row in csv.DictReader(file)}
 
 
 def _encode(model: Model, engine: str, texts: Sequence[str]) -> Vectors:

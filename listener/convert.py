@@ -61,10 +61,9 @@ def convert(settings: Settings) -> Path:
     _require_convertible(files)
     original = SentenceTransformersEmbedder(files)
     target = converted_directory(files, settings)
-    if not _is_exact(original, files, target):
-        with _alone(target.parent):
-            if not _is_exact(original, files, target):
-                _replace(target, original, files)
+    with _alone(target.parent):
+        if not _is_exact(original, files, target):
+            _replace(target, original, files)
             # Fills the cache of compiled kernels, which knows the model by its path.
             OpenVinoEmbedder(files, target)
     for compiled in (target / engine_openvino.COMPILED).glob("*"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
@@ -14,10 +12,8 @@ from listener.catalogue import read_facts
 from listener.database import connect
 from listener.embedded import Server
 from tests.harness import Database, serving
-from tests.test_install import install_in
+from tests.test_install import NewDatabase, install_in
 from tests.test_least_privilege import GRANTS
-
-NewDatabase = Callable[..., AbstractContextManager[str]]
 
 # What hosters tell their users to restore with.
 BARE = ("--no-owner", "--no-privileges")
