@@ -39,21 +39,29 @@ select
       and am.amname = 'btree'
   ) as leads_an_index
 from pg_catalog.pg_attribute a
-where a.attrelid = to_regclass('public.iot_events')
+where a.attrelid = (
+    select c.oid
+    from pg_catalog.pg_class c
+    join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+    where n.nspname = 'public' and c.relname = 'iot_events'
+  )
   and a.attnum > 0
   and not a.attisdropped
 order by a.attnum
 """
 
+# By name, not by to_regclass, which fails for who may not use the schema, as the worker need not.
 _FACTS = """
-with unique_alone as (
+with in_public as materialized (
+  select c.*
+  from pg_catalog.pg_class c
+  join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+  where n.nspname = 'public' and c.relname in ('iot_events', 'event_embeddings')
+), unique_alone as (
   select i.indrelid, a.attname
   from pg_catalog.pg_index i
   join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
-  where i.indrelid in (
-      to_regclass('public.iot_events'),
-      to_regclass('public.event_embeddings')
-    )
+  where i.indrelid in (select c.oid from in_public c)
     and i.indisunique
     and i.indisvalid
     and i.indimmediate
@@ -88,15 +96,19 @@ select
     select from unique_alone u where u.indrelid = t.oid and u.attname = 'id'
   ) as key_is_unique,
   coalesce(pg_has_role(t.relowner, 'usage'), false) as owns_events,
-  -- From the one who sees them for the service: the owner of the view, or who will be.
-  coalesce(t.relrowsecurity and t.relforcerowsecurity, false) and (
-    select not (v.rolsuper or v.rolbypassrls)
-    from pg_catalog.pg_roles v
-    where v.oid = coalesce(
-      (select c.relowner from pg_catalog.pg_class c where c.oid = to_regclass('listener.event')),
-      r.oid
+  (
+    -- From the one who reads them for the service: the owner of the views, or who will be.
+    select min(f.relname::text)
+    from in_public f
+    where f.relrowsecurity and f.relforcerowsecurity and (
+      select not (v.rolsuper or v.rolbypassrls)
+      from pg_catalog.pg_roles v
+      where v.oid = coalesce(
+        (select c.relowner from pg_catalog.pg_class c where c.oid = to_regclass('listener.event')),
+        r.oid
+      )
     )
-  ) as hides_events,
+  ) as hidden_table,
   has_database_privilege(current_database(), 'create') as may_create_schema,
   has_schema_privilege('public', 'create') as may_create_in_public,
   r.rolsuper or r.rolcreaterole as may_create_role,
@@ -105,6 +117,7 @@ select
   exists (select from pg_catalog.pg_roles where rolname = 'listener_worker')
     as worker_role_exists,
   to_regclass('listener.applied') is not null as installed,
+  to_regnamespace('listener') is not null as schema_exists,
   exists (
     select from pg_catalog.pg_proc p
     join pg_catalog.pg_namespace n on n.oid = p.pronamespace
@@ -118,23 +131,23 @@ select
   ) as worker_role_has_rights,
   (select format_type(a.atttypid, a.atttypmod)
    from pg_catalog.pg_attribute a
-   where a.attrelid = to_regclass('public.event_embeddings')
+   where a.attrelid = m.oid
      and a.attname = 'embedding'
      and not a.attisdropped) as embeddings_type,
   array(
     select a.attname::text
     from pg_catalog.pg_attribute a
-    where a.attrelid = to_regclass('public.event_embeddings')
+    where a.attrelid = m.oid
       and a.attnum > 0
       and not a.attisdropped
   ) as embeddings_columns,
   exists (
     select from unique_alone u
-    where u.indrelid = to_regclass('public.event_embeddings') and u.attname = 'event_id'
+    where u.indrelid = m.oid and u.attname = 'event_id'
   ) as embeddings_key_is_unique,
   exists (
     select from pg_catalog.pg_constraint c
-    where c.conrelid = to_regclass('public.event_embeddings')
+    where c.conrelid = m.oid
       and c.contype = 'f'
       and c.confrelid = t.oid
       and c.confdeltype = 'c'
@@ -143,7 +156,7 @@ select
     select distinct format_type(a.atttypid, null)
     from pg_catalog.pg_attribute a
     where a.attrelid in (
-        to_regclass('public.event_embeddings'),
+        m.oid,
         to_regclass('listener.queue'),
         to_regclass('listener.change')
       )
@@ -154,7 +167,11 @@ select
      from pg_catalog.pg_trigger g
      join pg_catalog.pg_proc p on p.oid = g.tgfoid
      join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-     where g.tgrelid = t.oid and g.tgname like 'listener\\_%'),
+     where g.tgrelid = t.oid and g.tgname in (
+       'listener_inserted', 'listener_updated',
+       -- Those of an earlier version, which must go.
+       'listener_deleted', 'listener_truncated'
+     )),
     '{}'
   ) as triggers,
   (select p.prosrc
@@ -162,9 +179,11 @@ select
    join pg_catalog.pg_namespace n on n.oid = p.pronamespace
    where n.nspname = 'listener'
      and p.proname = 'embedding_input'
+     and p.pronargs = 1
      and p.proargtypes[0] = t.reltype) as input_source
 from pg_catalog.pg_roles r
-left join pg_catalog.pg_class t on t.oid = to_regclass('public.iot_events')
+left join in_public t on t.relname = 'iot_events'
+left join in_public m on m.relname = 'event_embeddings'
 left join pg_catalog.pg_roles o on o.rolname = 'listener_owner'
 left join (
   select n.nspname, e.extversion
@@ -206,7 +225,7 @@ class Facts:
     events_kin: str | None
     key_is_unique: bool
     owns_events: bool
-    hides_events: bool
+    hidden_table: str | None
     may_create_schema: bool
     may_create_in_public: bool
     may_create_role: bool
@@ -214,6 +233,7 @@ class Facts:
     member_of_owner_role: bool
     worker_role_exists: bool
     installed: bool
+    schema_exists: bool
     owner_role_owns: bool
     worker_role_has_rights: bool
     embeddings_type: str | None

@@ -38,7 +38,7 @@ def _is_beyond_reach(host: str) -> bool:
         return False
     try:
         found = socket.getaddrinfo(host, 5432, type=socket.SOCK_DGRAM)
-    except OSError:
+    except (OSError, UnicodeError):
         return False
     return all(
         family == socket.AF_INET6 and not _has_route(address) for family, *_, address in found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 
 import click
 
@@ -17,6 +18,8 @@ from listener.errors import ConfigError, ListenerError
 # For each session of ours, whatever shell, role or database say: all texts, and the only style of
 # dates that the driver reads.
 _SESSION = {"PGCLIENTENCODING": "UTF8", "PGDATESTYLE": "ISO"}
+# In a connection string that was given as an argument, which a usage error quotes.
+_PASSWORD = re.compile(r"(?<=://)([^/?@\s:]*:)[^/?\s]+(?=@)|(password=)[^&\s')]+")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -60,7 +63,9 @@ def _run() -> int:
             raise ConfigError("an argument is not in UTF-8")
         cli(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        shown = StringIO()
+        error.show(shown)
+        say(_PASSWORD.sub(r"\1\2***", shown.getvalue().rstrip()))
         return 2
     except (click.Abort, KeyboardInterrupt):
         return 130

@@ -76,7 +76,7 @@ def uninstall_command(drop_embeddings: bool) -> None:
     require_reports_dir(settings)
     with connect(settings, "listener-uninstall") as conn:
         before = read_facts(conn)
-        plan = install.plan_uninstall(drop_embeddings)
+        plan = install.plan_uninstall(before, drop_embeddings)
         install.apply_plan(conn, plan, say)
         after = read_facts(conn)
     report = Report(

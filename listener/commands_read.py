@@ -28,7 +28,7 @@ from listener.console import (
 from listener.database import connect
 from listener.errors import ConfigError, ListenerError
 from listener.logs import configure_logs, redact
-from listener.report import report_path, require_reports_dir
+from listener.report import report_path, require_reports_dir, write_page
 from listener.search import EventState, Hit, describe, nearest, readable
 from listener.status import read_status, status_lines
 
@@ -99,7 +99,7 @@ def report_command(last: int) -> None:
         say(f"reading the newest {last} events")
         page = render_report(conn, settings, last)
     path = report_path(settings, datetime.now().astimezone(), "report", "html")
-    path.write_text(page, "utf-8")
+    write_page(path, page)
     click.echo(path)
 
 

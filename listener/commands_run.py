@@ -13,7 +13,7 @@ import click
 
 from listener import install, notify_systemd
 from listener.backfill import follow, queue_events
-from listener.config import Settings, load_settings
+from listener.config import MOST_EVENTS, Settings, load_settings
 from listener.console import (
     DATABASE,
     MODEL,
@@ -24,7 +24,7 @@ from listener.console import (
     stop_on_signals,
 )
 from listener.database import Connection, connect, read_clock
-from listener.errors import ConfigError, EncoderLost, ListenerError, SchemaError
+from listener.errors import ConfigError, EncoderLost, SchemaError
 from listener.logs import configure_logs
 from listener.model import fetch, locate
 from listener.queue import Queue
@@ -35,11 +35,17 @@ from listener.stop import Stop
 # On a machine that it shares with the database, writers come first: where they leave no processor
 # time, events wait in the queue.
 _NICE = 10
+# The demo has a database, a model and a log level of its own; a backfill is told how much.
+_OF_THE_DEMO = {"database_url", "embedding_model", "embedding_revision", "log_level"}
+_DEMO = ("demo_dir", *(name for name in SERVICE if name not in _OF_THE_DEMO))
+_BACKFILL = (*(name for name in SERVICE if name != "backfill_last_n"), "reports_dir")
 
 
 @click.command("run", cls=Command, settings=(*SERVICE, "metrics_port", "metrics_host"))
 @click.option("--once", is_flag=True, help="Embed what is due and the last N, then end.")
-@click.option("--backfill-last", type=click.IntRange(0), help="Instead of BACKFILL_LAST_N.")
+@click.option(
+    "--backfill-last", type=click.IntRange(0, MOST_EVENTS), help="Instead of BACKFILL_LAST_N."
+)
 def run_command(once: bool, backfill_last: int | None) -> None:
     """Embed events as they are committed, until SIGTERM or Ctrl-C."""
     settings = load_settings()
@@ -78,7 +84,7 @@ def _serve(settings: Settings, stop: Stop, *, once: bool) -> None:
             os._exit(error.exit_code)
 
 
-@click.command("demo", cls=Command, settings=("demo_dir", *SERVICE))
+@click.command("demo", cls=Command, settings=_DEMO)
 @click.option("--events", type=click.IntRange(1), help="End after this many events.")
 def demo_command(events: int | None) -> None:
     """Watch simulated device events get their vectors, on an embedded Postgres."""
@@ -92,7 +98,7 @@ def demo_command(events: int | None) -> None:
     run_demo(settings, events, stop_on_signals(), Console(soft_wrap=True))
 
 
-@click.command("backfill", cls=Command, settings=(*SERVICE, "reports_dir"))
+@click.command("backfill", cls=Command, settings=_BACKFILL)
 @click.option("--last", type=click.IntRange(1), help="The newest N events.")
 @click.option("--all", "everything", is_flag=True, help="All events.")
 @click.option("--since", type=click.DateTime(), help="Only events created at or after this time.")
@@ -103,45 +109,56 @@ def backfill_command(
     """Queue events without a current embedding, newest first, and follow them being embedded."""
     if (last is None) != everything:
         raise click.UsageError("give either --last N or --all")
+    moment = _moment(since) if since else None
     settings = load_settings()
     configure_logs(settings)
     require_reports_dir(settings)
     model = locate(settings).fingerprint
     with connect(settings, "listener-backfill") as conn:
         facts = install.verify(conn)
-        if since and facts.created_at is None:
+        if moment and facts.created_at is None:
             raise SchemaError("--since needs a column created_at of a timestamp type on iot_events")
         queue = Queue(conn, settings, None)
         before = queue.pending()
-        queued = queue_events(queue, model, last, since and since.astimezone(), _tell_queued)
+        queued = queue_events(queue, model, last, moment, _tell_queued)
         orphans = queue.delete_orphans() if everything else 0
         steps = [
             f"looked at {queued.scanned} events, queued {queued.queued}",
             f"deleted {orphans} embeddings of events that are gone",
         ]
-        stopped = _drain(conn, queue, settings, work=work)
+        end = _drain(conn, queue, settings, work=work)
         left = queue.pending()
     report = Report(
         "backfill",
         [f"pending: {before}"],
-        [*steps, "stopped before the end" if stopped else "followed to the end"],
+        [*steps, end],
         [f"pending: {left}"],
         "Nothing to undo; embeddings of a text are the same however often it is embedded.",
     )
     say(f"{left} pending; report in {write_report(settings, report)}")
 
 
+def _moment(since: datetime) -> datetime:
+    """What was given without a time zone is meant in this machine's."""
+    try:
+        return since.astimezone()
+    except (ValueError, OverflowError):
+        raise click.BadParameter(
+            f"{since} is beyond what can be told in this time zone", param_hint="--since"
+        ) from None
+
+
 def _tell_queued(scanned: int, queued: int) -> None:
     say(f"looked at {scanned}, queued {queued}")
 
 
-def _drain(conn: Connection, queue: Queue, settings: Settings, *, work: bool) -> bool:
-    """Follow the drain, by the service or by ourselves. Returns whether a signal ended it."""
+def _drain(conn: Connection, queue: Queue, settings: Settings, *, work: bool) -> str:
+    """Follow the drain, by the service or by ourselves. Returns how that ended."""
     # Imports rich.
     from listener.live import progress
 
     stop = stop_on_signals()
-    failures: list[ListenerError] = []
+    failures: list[Exception] = []
     worker = threading.Thread(target=_work, args=(settings, stop, failures), name="worker")
     if work:
         worker.start()
@@ -150,7 +167,7 @@ def _drain(conn: Connection, queue: Queue, settings: Settings, *, work: bool) ->
             "no service is seen (one that only polls never is); start `listener run`, or add "
             "--work to embed here"
         )
-        return False
+        return "not followed: no service is seen"
     with progress() as tell:
         follow(
             queue,
@@ -163,13 +180,13 @@ def _drain(conn: Connection, queue: Queue, settings: Settings, *, work: bool) ->
         worker.join()
     if failures:
         raise failures[0]
-    return stop.is_set()
+    return "stopped before the end" if stop.is_set() else "followed to the end"
 
 
-def _work(settings: Settings, stop: Stop, failures: list[ListenerError]) -> None:
+def _work(settings: Settings, stop: Stop, failures: list[Exception]) -> None:
     try:
         _serve(replace(settings, backfill_last_n=0), stop, once=True)
-    except ListenerError as error:
+    except Exception as error:  # noqa: BLE001  raised again where the command ends
         failures.append(error)
 
 
@@ -216,7 +233,9 @@ def fetch_command() -> None:
 @model_group.command("convert", cls=Command, settings=(*MODEL, "model_cache"))
 def convert_command() -> None:
     """Make the model ready for OpenVINO, once; takes torch and some seconds."""
+    # First: what is imported reads HF_HOME, which may be in .env.
+    settings = load_settings()
     # Imports torch.
     from listener.convert import convert
 
-    click.echo(convert(load_settings()))
+    click.echo(convert(settings))

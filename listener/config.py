@@ -21,6 +21,8 @@ from listener.errors import ConfigError
 DIMENSION = 384
 # As they stand in a connection string.
 _PASSWORDS = re.compile(r"//[^/?@]*?:([^/?@]+)@|password=([^&\s]+)")
+# The database counts them, and one more, in an integer.
+MOST_EVENTS = 2**31 - 2
 GTE_SMALL = "thenlper/gte-small"
 GTE_SMALL_REVISION = "17e1f347d17fe144873b1201da91788898c639cd"
 
@@ -73,7 +75,7 @@ class Settings:
     backfill_last_n: int = _setting(
         10_000,
         "Scope of the sweep at start-up and on its timer: the last N events; 0 for none.",
-        at_most=2**31 - 1,  # the database counts them in an integer
+        at_most=MOST_EVENTS,
     )
     batch_events: int = _setting(256, "Most events in one claim.", at_least=1)
     batch_tokens: int = _setting(16384, "Most tokens in one pass of the model.", at_least=1)
@@ -148,7 +150,9 @@ class Settings:
             ) from None
         # A password that isn't encoded ends up in these parts, and they would be quoted in errors.
         astray = any("@" in str(parameters.get(part, "")) for part in ("host", "port", "dbname"))
-        if astray or not str(parameters.get("port", "1")).replace(",", "").isdigit():
+        # Of several hosts each has its own, and may leave it out.
+        ports = str(parameters.get("port", "")).replace(",", "")
+        if astray or (ports and not ports.isdigit()):
             raise ConfigError(
                 "DATABASE_URL has a port that is no number or an @ too many; percent-encode the "
                 "special characters of the password (@ is %40, : is %3A, / is %2F)"

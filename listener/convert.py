@@ -9,7 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,10 @@ def convert(settings: Settings) -> Path:
             _replace(target, original, files)
             # Fills the cache of compiled kernels, which knows the model by its path.
             OpenVinoEmbedder(files, target)
-    for compiled in (target / engine_openvino.COMPILED).glob("*"):
-        compiled.chmod(0o644)  # the service may run under another account
+    # The service may run under another account. What somebody else has made is theirs to open.
+    with suppress(OSError):
+        for compiled in (target / engine_openvino.COMPILED).glob("*"):
+            compiled.chmod(0o644)
     return target
 
 
@@ -107,6 +109,8 @@ def _require_convertible(files: ModelFiles) -> None:
         fault = f"its pooling is {pooling}"
     elif files.has_prompt():
         fault = "it puts a prompt before each text"
+    elif files.shortens():
+        fault = "it leaves numbers out of each vector"
     if fault:
         raise ConfigError(
             f"{files.name} can't be converted: {fault}; only a transformer with mean pooling can, "

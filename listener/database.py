@@ -29,7 +29,7 @@ from tenacity import (
 
 from listener import queries
 from listener.config import Settings
-from listener.errors import ConnectionLost, SchemaError, StatementTimeout
+from listener.errors import ConfigError, ConnectionLost, SchemaError, StatementTimeout
 from listener.logs import log, redact
 from listener.stop import Stop
 
@@ -87,7 +87,7 @@ def connect(settings: Settings, name: str, *, as_service: bool = False) -> Conne
     """Open an autocommit connection with this application_name and the pgvector types known.
 
     As the service's, it answers within seconds or is lost. Raises ConnectionLost if no connection
-    comes about.
+    comes about, ConfigError if none ever can.
     """
     parameters = {**_LIVELINESS, **settings.connection_parameters(), "application_name": name}
     try:
@@ -96,9 +96,18 @@ def connect(settings: Settings, name: str, *, as_service: bool = False) -> Conne
         reason = redact(" ".join(str(error).split()), settings.secrets())
         # The driver's own traceback would carry the password among its arguments.
         raise ConnectionLost(f"no connection to Postgres: {reason}") from None
+    except (psycopg.ProgrammingError, UnicodeError) as error:
+        # The driver reads these itself: a number with a unit, a name that can't be a host's.
+        raise ConfigError(
+            "a part of DATABASE_URL, or of libpq's own variables, can't be used "
+            f"({redact(str(error), settings.secrets())}); put it right"
+        ) from None
     # Strings as text, not as unknown, so that a list of text keys is an array to unnest.
     conn.adapters.register_dumper(str, StrDumper)
     conn.answer_seconds = _ANSWER_SECONDS if as_service else None
+    if not as_service:
+        # It may be a transaction pooler's, where the next server doesn't know what was prepared.
+        conn.prepare_threshold = None
     with translated():
         register_vector(conn)
     return conn

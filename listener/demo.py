@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import random
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +18,7 @@ from rich.console import Console
 from listener import embedded, install
 from listener.catalogue import read_facts
 from listener.config import Settings
-from listener.database import Connection, connect
+from listener.database import Connection, connect, translated
 from listener.embedder import load_embedder
 from listener.encoding import Encoder
 from listener.errors import ConfigError, ListenerError
@@ -64,18 +68,40 @@ def run_demo(settings: Settings, events: int | None, stop: Stop, console: Consol
     """Feed, embed and search until stopped, or until `events` have been seen."""
     settings = replace(settings, embedding_model=str(_packaged_model()))
     console.print("Starting an embedded Postgres and loading the model …")
-    server = embedded.Server.prepared(settings.demo_dir / "postgres", embedded.binaries())
-    server.start()
-    settings = replace(settings, database_url=server.url())
+    with _alone(settings.demo_dir.absolute()) as home:
+        server = embedded.Server.prepared(home / "postgres", embedded.binaries())
+        server.start()
+        settings = replace(settings, database_url=server.url())
+        try:
+            with connect(settings, "listener-demo") as conn:
+                _prepare(conn)
+            # A second connection, because the first opened before the vector type was there.
+            with connect(settings, "listener-demo") as conn:
+                _serve_and_feed(settings, conn, events, stop, console)
+        finally:
+            if server.is_running():
+                server.stop()
+            console.print("Stopped; started again, the demo goes on from here.")
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[Path]:
+    """One demo at a time: the first to end would stop the server of both."""
     try:
-        with connect(settings, "listener-demo") as conn:
-            _prepare(conn)
-        # A second connection, because the first opened before the vector type was there.
-        with connect(settings, "listener-demo") as conn:
-            _serve_and_feed(settings, conn, events, stop, console)
+        home.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(home, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(
+            f"DEMO_DIR {home} can't be written ({error.strerror}); name another directory"
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"a demo runs in DEMO_DIR {home} already; end it first") from None
+        yield home
     finally:
-        server.stop()
-        console.print("Stopped; started again, the demo goes on from here.")
+        os.close(descriptor)
 
 
 def _packaged_model() -> Path:
@@ -106,13 +132,14 @@ def _serve_and_feed(
     counts = conn.execute(_COUNTS).fetchone()
     assert counts is not None  # noqa: S101  the statement has one row
     console.print(f"{counts[0]} events so far, {counts[1]} embedded. Ctrl-C ends the demo.\n")
-    failures: list[ListenerError] = []
+    failures: list[Exception] = []
     worker = threading.Thread(
         target=_serve, args=(Service(settings, encoder, stop), stop, failures), name="service"
     )
     worker.start()
     try:
-        _feed(conn, encoder, events, stop, console)
+        with translated():
+            _feed(conn, encoder, events, stop, console)
     finally:
         stop.set()
         worker.join()
@@ -121,10 +148,10 @@ def _serve_and_feed(
         raise failures[0]
 
 
-def _serve(service: Service, stop: Stop, failures: list[ListenerError]) -> None:
+def _serve(service: Service, stop: Stop, failures: list[Exception]) -> None:
     try:
         service.run()
-    except ListenerError as error:
+    except Exception as error:  # noqa: BLE001  raised again where the demo ends
         failures.append(error)
         stop.set()
 

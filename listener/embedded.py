@@ -14,6 +14,8 @@ from listener.errors import ConfigError
 
 # Postgres refuses to run as root; this account exists everywhere and owns nothing.
 _UNPRIVILEGED = "nobody"
+# Where there is no TCP, but for the name of the socket.
+_PORT = 5432
 
 
 def binaries() -> Path:
@@ -55,7 +57,8 @@ class Server:
             return
         # The socket directory is the server's own; TCP on loopback only.
         flags = [f"-k {self.home}"]
-        flags += [f"-p {self.port}", "-h 127.0.0.1"] if self.port else ["-h ''"]
+        # Named always, or the server would take PGPORT.
+        flags += [f"-p {self.port or _PORT}", "-h 127.0.0.1" if self.port else "-h ''"]
         flags += [f"-c {option}" for option in self.options]
         log = str(self.home / "log")
         self._run("pg_ctl", "-w", "-l", log, "-o", " ".join(flags), "start")
@@ -77,7 +80,7 @@ class Server:
 
     def url(self, database: str = "postgres") -> str:
         """Connection string by the socket."""
-        return f"postgresql://postgres@/{database}?host={self.home}&port={self.port or 5432}"
+        return f"postgresql://postgres@/{database}?host={self.home}&port={self.port or _PORT}"
 
     def _run(self, program: str, *arguments: str) -> None:
         # Files, not pipes: the server would inherit a pipe and hold it open.
@@ -89,6 +92,8 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                # Ctrl-C is for us; half a data directory would be in the way of the next start.
+                start_new_session=True,
                 check=False,
             )
             output.seek(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -63,6 +64,13 @@ def _listen(settings: Settings, application: WSGIApplication) -> WSGIServer:
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that says nothing, or leaves, is worth no traceback."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handle_error(request, client_address)
+        log(logging.DEBUG, "client_lost", cause=repr(error))
 
     def server_bind(self) -> None:
         # Without the base class's look-up of the host's name, which may take seconds.

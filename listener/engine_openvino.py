@@ -61,8 +61,12 @@ def converted_directory(files: ModelFiles, settings: Settings) -> Path:
 
 
 def is_ready(files: ModelFiles, settings: Settings) -> bool:
-    """Whether openvino is installed and the model converted; does not import it."""
-    return is_installed() and (converted_directory(files, settings) / MANIFEST).is_file()
+    """Whether openvino is installed and the model converted; does not import it.
+
+    A directory that this account may not enter is none.
+    """
+    manifest = converted_directory(files, settings) / MANIFEST
+    return is_installed() and os.access(manifest, os.R_OK)
 
 
 class OpenVinoEmbedder:
@@ -76,7 +80,7 @@ class OpenVinoEmbedder:
         """The model as `listener model convert` left it. Raises ConfigError if it did not."""
         load_openvino()
         directory = converted_directory(files, settings)
-        if not directory.is_dir():
+        if not os.access(directory, os.F_OK):
             raise ConfigError(
                 f"{files.name} is not converted for OpenVINO; run `listener model convert` or set "
                 "ENGINE=torch and PRECISION=fp32"

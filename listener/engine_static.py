@@ -23,11 +23,16 @@ _SOME = 48
 def fits(files: ModelFiles) -> bool:
     """Whether the model is such a table and nothing else; false for what only torch can judge."""
     kinds = [module.kind for module in files.modules()]
-    if kinds not in (["StaticEmbedding"], ["StaticEmbedding", "Normalize"]) or files.has_prompt():
+    if kinds not in (["StaticEmbedding"], ["StaticEmbedding", "Normalize"]):
+        return False
+    if files.has_prompt() or files.shortens():
         return False
     try:
         with safe_open(files.modules()[0].directory / "model.safetensors", "np") as weights:
-            return list(weights.keys()) == [_TABLE]
+            # numpy has no bfloat16.
+            return list(weights.keys()) == [_TABLE] and (
+                weights.get_slice(_TABLE).get_dtype() in ("F32", "F16")
+            )
     except (OSError, SafetensorError):
         return False
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from transformers.utils import logging as transformers_logging
@@ -21,6 +20,7 @@ from listener.errors import ConfigError, EncoderLost
 from listener.model import ModelFiles, cannot_be_loaded, require_dimension
 
 _SHORT_CHARACTERS = 300
+_NO_LIMIT = 10**9
 
 
 class SentenceTransformersEmbedder:
@@ -39,6 +39,11 @@ class SentenceTransformersEmbedder:
         on_gpu = torch.cuda.is_available()
         self.engine = f"torch on {torch.cuda.get_device_name()}" if on_gpu else "torch"
         self.pass_tokens = passes.ON_GPU if on_gpu else passes.ON_CPU
+        if pickled := files.pickled():
+            raise ConfigError(
+                f"{pickled} is a pickle, which may run code and is not read; save the model with "
+                "its weights as safetensors"
+            )
         try:
             self.model = SentenceTransformer(
                 str(files.directory),
@@ -48,12 +53,14 @@ class SentenceTransformersEmbedder:
                 # The published gte-small is fp16, which a CPU computes up to 100 times slower.
                 model_kwargs={"use_safetensors": True, "dtype": torch.float32},
             )
-            self.model.eval()
+            # The static ones heed no dtype.
+            self.model.float().eval()
             # Takes memory of the GPU too, and may be the first that it computes.
             dimension = self._compute(["a"]).shape[1]
         except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
             raise _gpu_failed(error) from error
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except Exception as error:
+            # What a damaged or unknown file makes the libraries raise is any class there is.
             raise cannot_be_loaded(files, error) from error
         _require_float32(self.model, files)
         self.fingerprint = files.fingerprint
@@ -82,7 +89,7 @@ class SentenceTransformersEmbedder:
         features = self.model.preprocess(list(texts), prompt=prompt)
         with torch.inference_mode():
             found = self.model(batch_to_device(features, self.model.device))["sentence_embedding"]
-            vectors = torch.nn.functional.normalize(found, dim=1)
+            vectors = torch.nn.functional.normalize(found[:, : self.model.truncate_dim], dim=1)
         numbers: NDArray[np.float32] = vectors.cpu().numpy()
         return numbers
 
@@ -129,4 +136,5 @@ def _gpu_failed(error: RuntimeError) -> EncoderLost:
 
 def _max_tokens(model: SentenceTransformer) -> int | None:
     length = model.max_seq_length
-    return int(length) if length is not None and np.isfinite(length) else None
+    # Without a limit transformers says infinity, or a number far beyond any text.
+    return int(length) if length is not None and length < _NO_LIMIT else None

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import psycopg
 from psycopg import sql
 
-from listener.catalogue import Column, Facts, read_facts
+from listener.catalogue import Facts, read_facts
+from listener.columns import choose_columns, is_replaced
 from listener.database import Connection, translated
 from listener.errors import SchemaError, StatementTimeout
 from listener.patience import patiently
-from listener.preflight import HIDDEN, embeddings_problem
+from listener.preflight import embeddings_problem, hidden_problem
 from listener.template import Step, fill, placeholders, sql_files, sql_text
 
 _APPLIED = "select a.file, a.digest, a.columns from listener.applied a"
@@ -22,24 +23,22 @@ _INPUT_FILE = "003_embedding_input.sql"
 _OWNER_FILE = "006_owner.sql"
 _TRIGGERS_FILE = "007_triggers.sql"
 _WORKER_FILE = "009_worker.sql"
-# Writers lock iot_events first and listener.change second; an install in another order would end in
-# a deadlock with one that is in between. These two files lock iot_events. In a block of plpgsql, so
-# that it also works where a tool for migrations opens its transaction by other means than `begin`.
-_LOCK_EVENTS = """-- Writers lock iot_events first; so does this, and not for long.
+# In a block of plpgsql, so that it also works where a tool for migrations opens its transaction by
+# other means than `begin`.
+_OPENING = """-- Who waits for a lock holds up all who come after, so this gives up soon.
 do $$
 begin
   set local lock_timeout = '2s';
-  lock table public.iot_events in share row exclusive mode;
-end
+%send
 $$;
 """
+_LOCK_EVENTS = "  lock table public.iot_events in share row exclusive mode;\n"
+# Writers lock iot_events first and listener.change second; an install in another order would end in
+# a deadlock with one that is in between. These two files lock iot_events.
 _LOCKING_FILES = {_EMBEDDINGS_FILE, _TRIGGERS_FILE}
 
-# Numbers or bytes that say nothing to a model of language.
-_UNREADABLE = {"bytea", "tsvector", "vector", "halfvec", "sparsevec", "geometry", "geography"}
-
 _MADE = re.compile(
-    r"^create (?:or replace )?(?:table|view|sequence|function) (?:if not exists )?([\w.]+)",
+    r"^ *create (?:or replace )?(?:table|view|sequence|function) (?:if not exists )?([\w.]+)",
     re.MULTILINE,
 )
 _GONE = """
@@ -53,7 +52,7 @@ where to_regclass(n.name) is null
   )
 """
 # A function is not looked into before it is called.
-_TRY_INPUT = "select listener.embedding_input(null::public.iot_events)"
+_TRY_INPUT = "select listener.embedding_input(null)"
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,10 @@ class Plan:
     def script(self) -> str:
         """All that is executed, in one transaction; empty if there is nothing to do."""
         scripts = [f"-- ===== {step.file}\n{step.script}" for step in self.steps]
-        if any(step.file in _LOCKING_FILES for step in self.steps):
-            scripts.insert(0, _LOCK_EVENTS)
-        return "\n".join(scripts)
+        if not scripts:
+            return ""
+        locks = any(step.file in _LOCKING_FILES for step in self.steps)
+        return "\n".join([_OPENING % (_LOCK_EVENTS if locks else ""), *scripts])
 
 
 def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) -> Plan:
@@ -83,7 +83,12 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
     earlier = next((kept for file, _, kept in rows if file == _INPUT_FILE), None)
     notes: list[str] = []
 
-    chosen = _choose_columns(facts, columns or earlier)
+    has_input = facts.input_source is not None
+    if columns is None and earlier and has_input and is_replaced(facts, earlier):
+        # The text is no matter of columns any more; some of these may be gone.
+        chosen = tuple(earlier)
+    else:
+        chosen = choose_columns(facts, columns or earlier)
     values = placeholders(facts, chosen)
     steps = []
     if facts.vector_schema is None:
@@ -99,7 +104,7 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
         # Whoever took that away may have altered more; and later files grant rights on what earlier
         # ones make.
         applied = {}
-    if facts.installed and facts.input_source is None:
+    if facts.installed and not has_input:
         notes.append(
             "listener.embedding_input is made anew, because it was dropped or public.iot_events is "
             "another table than before; one of your own has to be made again; then run "
@@ -164,7 +169,7 @@ def _is_needed(
     if step.file == _TRIGGERS_FILE:
         return not facts.triggers_right
     if step.file == _INPUT_FILE and facts.input_source is not None:
-        replaced = facts.input_source.strip() not in step.text
+        replaced = is_replaced(facts, step.columns or ())
         if replaced and not columns_given:
             notes.append("listener.embedding_input was replaced by you; it is left as it is")
         return replaced and columns_given
@@ -183,35 +188,6 @@ def _order_notes(facts: Facts) -> list[str]:
         "iot_events.created_at is nullable or has no index, so a sweep reads the whole table; "
         "make it not null and create index concurrently on public.iot_events (created_at)"
     ]
-
-
-def _choose_columns(facts: Facts, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    by_name = {column.name: column for column in facts.columns}
-    if wanted:
-        unknown = [name for name in wanted if name not in by_name]
-        if unknown:
-            raise SchemaError(
-                f"iot_events has no column {', '.join(unknown)}; it has {', '.join(by_name)}; "
-                "name what to embed with --columns"
-            )
-        return tuple(wanted)
-    chosen = tuple(column.name for column in facts.columns if _is_text_like(column))
-    if not chosen:
-        raise SchemaError(
-            "iot_events has only keys, ids and timestamps; name what to embed with --columns"
-        )
-    return chosen
-
-
-def _is_text_like(column: Column) -> bool:
-    return not (
-        column.is_key
-        or column.is_foreign_key
-        or column.name == "id"
-        or column.name.endswith("_id")
-        or column.type.startswith("timestamp")
-        or column.type.removesuffix("[]").split(".")[-1] in _UNREADABLE
-    )
 
 
 def apply_plan(conn: Connection, plan: Plan, tell: Callable[[str], None] = lambda _: None) -> None:
@@ -242,10 +218,8 @@ def verify(conn: Connection) -> Facts:
     facts = read_facts(conn)
     if not (facts.installed and facts.embeddings_type):
         raise SchemaError("the listener is not installed in this database; run `listener install`")
-    if problem := embeddings_problem(facts):
+    if problem := embeddings_problem(facts) or hidden_problem(facts):
         raise SchemaError(problem)
-    if facts.hides_events:
-        raise SchemaError(HIDDEN)
     if not facts.triggers_right:
         raise SchemaError(
             "the triggers on iot_events are missing, disabled or altered; run `listener install`"
@@ -279,7 +253,17 @@ def require_input(conn: Connection) -> None:
         return
 
 
-def plan_uninstall(drop_embeddings: bool) -> Plan:
-    """The steps that take the listener out again."""
+def plan_uninstall(facts: Facts, drop_embeddings: bool) -> Plan:
+    """The steps that take the listener out again.
+
+    Raises SchemaError if what has our names is somebody else's.
+    """
+    if facts.schema_exists and not (facts.installed or facts.triggers):
+        raise SchemaError(
+            f"schema listener in database {facts.database} is not this listener's: it has no table "
+            "applied, and iot_events has none of its triggers; nothing was changed"
+        )
+    if drop_embeddings and (problem := embeddings_problem(facts)):
+        raise SchemaError(problem)
     files = ["900_uninstall.sql"] + (["910_drop_embeddings.sql"] if drop_embeddings else [])
     return Plan(tuple(Step(file, sql_text(file)) for file in files), ())

@@ -42,7 +42,8 @@ def _view() -> Iterator[Callable[[str], None]]:
             click.echo(f"{text}\n")
             shown = text
 
-    if not console.is_terminal:
+    # A terminal that can't move its cursor, as in an editor, is none.
+    if not console.is_interactive:
         yield print_change
         return
     with Live(console=console, auto_refresh=False) as live:
@@ -60,7 +61,7 @@ def _styled(text: str) -> Text:
 def progress() -> Iterator[Callable[[int, float], None]]:
     """Tell what is left and the rate in events a second, on stderr: as a bar, or a line each."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_interactive:
         yield lambda left, rate: say(_progress_line(left, rate))
         return
     most = 0

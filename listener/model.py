@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from listener.config import DIMENSION, Settings, expanded
 from listener.errors import ConfigError
@@ -52,11 +53,27 @@ class ModelFiles:
 
     def has_prompt(self) -> bool:
         """Whether sentence-transformers would put words before each text by itself."""
+        config = self._config()
+        return bool(config.get("prompts", {}).get(config.get("default_prompt_name"), ""))
+
+    def shortens(self) -> bool:
+        """Whether sentence-transformers would leave numbers out of each vector by itself."""
+        return self._config().get("truncate_dim") is not None
+
+    def pickled(self) -> Path | None:
+        """Weights that only a pickle holds: it may run code, and `contents` doesn't cover it."""
+        for module in self.modules():
+            found = next(module.directory.glob("pytorch_model*.bin"), None)
+            if found and not any(module.directory.glob("model*.safetensors")):
+                return found
+        return None
+
+    def _config(self) -> dict[str, Any]:
         try:
             config = json.loads((self.directory / _CONFIG).read_text("utf-8"))
         except (OSError, ValueError):
-            return False
-        return bool(config.get("prompts", {}).get(config.get("default_prompt_name"), ""))
+            return {}
+        return config if isinstance(config, dict) else {}
 
 
 def locate(settings: Settings) -> ModelFiles:
@@ -64,6 +81,16 @@ def locate(settings: Settings) -> ModelFiles:
 
     Raises ConfigError with the command that fetches it.
     """
+    try:
+        return _locate(settings)
+    except OSError as error:
+        raise ConfigError(
+            f"EMBEDDING_MODEL {settings.embedding_model} can't be read ({error.strerror}: "
+            f"{error.filename}); make its files readable for this account"
+        ) from error
+
+
+def _locate(settings: Settings) -> ModelFiles:
     directory = expanded("EMBEDDING_MODEL", settings.embedding_model)
     if directory.is_dir():
         digest = _digest(directory)
@@ -79,11 +106,9 @@ def locate(settings: Settings) -> ModelFiles:
 
 def fetch(settings: Settings) -> Path:
     """Download the pinned revision to the local hub cache. Raises ConfigError without a hub."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
         found = _snapshot(settings, offline=False)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the hub's client, HTTP and a proxy each have errors of their own
         raise ConfigError(
             f"{settings.embedding_model} at {settings.embedding_revision[:12]} can't be fetched "
             f"({type(error).__name__}); check the name, the revision and the way to the hub"
@@ -120,8 +145,9 @@ def _snapshot_of_the_client(settings: Settings) -> Path:
 
 def cannot_be_loaded(files: ModelFiles, error: Exception) -> ConfigError:
     """What to raise when a library can't read the model."""
+    cause, _, _ = str(error).strip().partition("\n")
     return ConfigError(
-        f"the model in {files.directory} can't be loaded ({type(error).__name__}: {error}); "
+        f"the model in {files.directory} can't be loaded ({type(error).__name__}: {cause}); "
         "fetch it again"
     )
 

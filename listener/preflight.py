@@ -7,11 +7,6 @@ from listener.config import DIMENSION
 from listener.errors import SchemaError
 
 _EMBEDDINGS_COLUMNS = ("event_id", "embedding", "model", "content_hash", "embedded_at")
-# An event that is hidden would pass for deleted.
-HIDDEN = (
-    "row-level security of public.iot_events is forced on its owner too, and may hide events from "
-    "the listener; alter table public.iot_events no force row level security"
-)
 
 
 def require_installable(facts: Facts) -> None:
@@ -91,12 +86,23 @@ def embeddings_problem(facts: Facts) -> str | None:
     return None
 
 
+def hidden_problem(facts: Facts) -> str | None:
+    """What may hide rows from the listener: an event that is hidden would pass for deleted."""
+    if facts.hidden_table is None:
+        return None
+    return (
+        f"row-level security of public.{facts.hidden_table} is forced on its owner too, and may "
+        f"hide rows from the listener; alter table public.{facts.hidden_table} no force row level "
+        "security"
+    )
+
+
 def rights_problem(facts: Facts) -> str | None:
     """Which right an install lacks, if any."""
     if not facts.owns_events:
         return f"role {facts.role} doesn't own public.iot_events; install as its owner"
-    if facts.hides_events:
-        return HIDDEN
+    if problem := hidden_problem(facts):
+        return problem
     if not facts.installed and not facts.may_create_schema:
         return (
             f"role {facts.role} may not create a schema; "

@@ -68,9 +68,9 @@ FORGET_WORKER = "delete from listener.worker where worker = %(worker)s"
 # never answered, and go back to the place in line that they had. After a second death they go to
 # its end: at the front an innocent one would be in hand at every death that follows.
 #
-# Also asks for events that are due again after a failure, an ended lease, or because a writer held
-# them. New ones are not looked for: their writers wake us. And for dead rows, of which the server's
-# statistics tell: from so many on they are felt by every claim.
+# Also asks whether anything in the queue is due: after a failure, an ended lease, or because a
+# writer held it, of which no NOTIFY tells. Changes are not looked for: their writers wake us. And
+# for dead rows, of which the server's statistics tell: from so many on every claim feels them.
 BEAT = """
 with dead as materialized (
   select w.worker
@@ -112,7 +112,6 @@ select exists (select from released) or exists (
   select from listener.queue q
   where q.lane in (0, 1)
     and q.due_at <= now()
-    and (q.attempts > 0 or q.due_at > q.queued_at)
 ) as is_due,
 greatest(
   pg_catalog.pg_stat_get_dead_tuples('listener.queue'::pg_catalog.regclass),
@@ -539,10 +538,14 @@ select
   ) as serves_search
 from pg_catalog.pg_index i
 join pg_catalog.pg_class ic on ic.oid = i.indexrelid
+join pg_catalog.pg_class t on t.oid = i.indrelid
+join pg_catalog.pg_namespace tn on tn.oid = t.relnamespace
 join pg_catalog.pg_am am on am.oid = ic.relam
 join pg_catalog.pg_opclass c on c.oid = i.indclass[0]
 left join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
-where i.indrelid = 'public.event_embeddings'::regclass
+-- By name: the schema may be closed to the worker.
+where tn.nspname = 'public'
+  and t.relname = 'event_embeddings'
   and am.amname in ('hnsw', 'ivfflat')
 order by ic.relname
 """

@@ -30,8 +30,10 @@ _PASSING_LOCK_SECONDS = (0.005, 0.01, 0.02, 0.04)
 # An event that one holds for longer, or that reads differently now, is looked at again this much
 # later, unless a change of it comes.
 _LATER_SECONDS = 0.5
-# Where listener.change begins.
+# Where listener.change begins, and how often changes are taken from there although there are some
+# behind the last ones: what began earlier may be committed later, and in an earlier place.
 _FIRST_PLACE = "(0,0)"
+_LOOK_BACK_SECONDS = 1.0
 # By how many deaths an event has been claimed alone once; before, its mates may be to blame.
 _FIRST_ALONE = 3
 
@@ -83,17 +85,18 @@ class Queue:
         self._settings = settings
         self._worker = worker
         self._position = _FIRST_PLACE
-        self._is_flooded = False
+        self._next_look_back = time.monotonic() + _LOOK_BACK_SECONDS
+        self._took_changes = False
 
     def claim(self, events: int) -> Claim | None:
         """Lease at most this many of the events that are due: new changes, retries, backfill.
 
         None if nothing is due.
         """
-        # Where changes come faster than they are embedded, retries have every other turn.
-        due = self._claim_due(events, backfill_events=0) if self._is_flooded else None
+        # Where changes never cease, retries have every other turn.
+        due = self._claim_due(events, backfill_events=0) if self._took_changes else None
         if due is not None:
-            self._is_flooded = False
+            self._took_changes = False
             return due
         return self.claim_changes(events) or self._claim_due(events, backfill_events=events)
 
@@ -101,16 +104,19 @@ class Queue:
         """Changes since the last time, from where that ended; None if there are none at all."""
         seconds = self._settings.lease_seconds
         parameters = {"events": events, "lease_seconds": seconds, "worker": self._worker}
+        if time.monotonic() >= self._next_look_back:
+            self._position = _FIRST_PLACE
+            self._next_look_back = time.monotonic() + _LOOK_BACK_SECONDS
         rows = self._execute(queries.TAKE, position=self._position, **parameters)
         if not rows and self._position != _FIRST_PLACE:
             rows = self._execute(queries.TAKE, position=_FIRST_PLACE, **parameters)
         if not rows:
-            self._position, self._is_flooded = _FIRST_PLACE, False
+            self._position, self._took_changes = _FIRST_PLACE, False
             return None
         _, lease, self._position, changes = rows[0]
-        self._is_flooded = changes >= events
+        self._took_changes = True
         event_ids = [event_id for event_id, *_ in rows]
-        return Claim(lease, event_ids, is_full=self._is_flooded, is_new=True)
+        return Claim(lease, event_ids, is_full=changes >= events, is_new=True)
 
     def _claim_due(self, events: int, backfill_events: int) -> Claim | None:
         rows = self._execute(

@@ -53,8 +53,19 @@ def write_report(settings: Settings, report: Report) -> Path:
         parts.append("\n".join(f"- {line}" for line in lines) or "- nothing")
     parts.append(f"## Undo\n\n{report.undo}")
     path = report_path(settings, now, report.command, "md")
-    path.write_text(redact("\n\n".join(parts) + "\n", settings.secrets()), "utf-8")
+    write_page(path, redact("\n\n".join(parts) + "\n", settings.secrets()))
     return path
+
+
+def write_page(path: Path, text: str) -> None:
+    """Raises ConfigError if it can't be written; what the command did is done all the same."""
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"REPORTS_DIR {path.parent} can't be written ({error.strerror}); what the command did "
+            "is done, but there is no report of it"
+        ) from error
 
 
 def facts_lines(facts: Facts) -> list[str]:

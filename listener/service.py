@@ -44,8 +44,8 @@ class Service:
     def run(self, *, once: bool = False) -> None:
         """Serve until stopped, or with `once` until nothing is due and the sweep is done.
 
-        Raises SchemaError if the database isn't installed, ConnectionLost only when stopped
-        while reconnecting.
+        Raises SchemaError if the database isn't installed, EncoderLost where only a new process
+        can go on. Stopped while it connects again, it returns.
         """
         while not self._stop.is_set():
             try:
@@ -113,7 +113,7 @@ def _open_session(
             worker = stack.enter_context(Worker.registered(work, encoder.fingerprint))
         else:
             # Behind a transaction pooler a statement prepared on one server is unknown to the next.
-            work.prepare_threshold = None
+            work.prepare_threshold = wake.prepare_threshold = None
         session = _Session(settings, encoder, stop, wakeup, worker, [work, wake], in_hand)
         session.give_back()
         yield session
@@ -220,11 +220,14 @@ class _Session:
         began = time.monotonic()
         try:
             page = self._queue.sweep(self._encoder.fingerprint, self._sweep_from, events)
-        except StatementTimeout:
-            if events == 1:
-                raise
-            self._sweep_page_events = events // 2
-            return True
+        except StatementTimeout as error:
+            self._sweep_page_events = max(events // 2, 1)
+            if events > 1:
+                return True
+            # To begin anew at once would meet the same event again.
+            log(logging.WARNING, "sweep_given_up", left=self._sweep_left, cause=error)
+            self._schedule_sweep()
+            return False
         fitting = int(events * _SWEEP_PAGE_SECONDS / max(time.monotonic() - began, 1e-3))
         self._sweep_page_events = min(max(fitting, 1), _SWEEP_PAGE)
         self._sweep_from = page.next_from
@@ -236,6 +239,7 @@ class _Session:
         return page.queued > 0 or self._seconds_to_sweep() <= 0
 
     def _schedule_sweep(self) -> None:
+        self._queue.discard_parked()
         self._sweep_from = None
         self._sweep_left = self._settings.backfill_last_n
         wait = self._settings.sweep_seconds or float("inf")

@@ -10,6 +10,7 @@ from pathlib import Path
 from psycopg import sql
 
 from listener.catalogue import Facts
+from listener.columns import expression
 from listener.wakeup import GATE_KEY
 from listener.worker import LOCK_CLASS
 
@@ -82,21 +83,9 @@ def placeholders(facts: Facts, columns: Sequence[str]) -> dict[str, str]:
         "vector": f"{vector_schema}.vector",
         "gate_key": str(GATE_KEY),
         "worker_lock_class": str(LOCK_CLASS),
-        "expression": _expression(columns),
+        "expression": expression(columns),
         **_order(facts, facts.key.type),
     }
-
-
-def _expression(columns: Sequence[str]) -> str:
-    """The bare value of one column; `name: value` lines of several, without the empty ones."""
-    parts = {name: f"event.{sql.Identifier(name).as_string()}::text" for name in columns}
-    if len(parts) == 1:
-        return parts[columns[0]]
-    lines = [
-        f"{sql.Literal(name + ': ').as_string()} || nullif({part}, '')"
-        for name, part in parts.items()
-    ]
-    return "pg_catalog.concat_ws(\n    E'\\n',\n    " + ",\n    ".join(lines) + "\n  )"
 
 
 def _order(facts: Facts, key_type: str) -> dict[str, str]:

@@ -53,20 +53,19 @@ class Wakeup:
         """LISTEN as a follower, and prove with a NOTIFY from `work` that notifications arrive.
 
         Returns False on a transaction pooler, where neither LISTEN nor session locks hold; then
-        the worker polls.
+        the worker polls. With the mode `never` it does so too, but in a session of its own.
         """
-        if self._mode == "never":
-            return False
         with translated():
             self._conn.execute(queries.LISTEN_HELP)
             if not self._probe(work):
+                if self._mode != "never":
+                    log(
+                        logging.WARNING,
+                        "notify_does_not_arrive",
+                        poll_seconds=self._poll_seconds,
+                        remedy="connect directly or to a session pooler",
+                    )
                 self._mode = "never"
-                log(
-                    logging.WARNING,
-                    "notify_does_not_arrive",
-                    poll_seconds=self._poll_seconds,
-                    remedy="connect directly or to a session pooler",
-                )
                 return False
         self._selector.register(self._conn.fileno(), selectors.EVENT_READ)
         return True
@@ -75,8 +74,9 @@ class Wakeup:
         token = secrets.token_hex(8)
         self._conn.execute(queries.LISTEN_PROBE)
         # From the other connection: a pooler may return a session's own NOTIFY to it.
-        work.execute(queries.NOTIFY, {"channel": "listener_probe", "payload": token})
-        arrived = any(
+        sent = work.execute(queries.NOTIFY, {"channel": "listener_probe", "payload": token})
+        # Nothing is sent while the NOTIFY queue is half full; that proves no pooler.
+        arrived = sent.rowcount == 0 or any(
             note.payload == token
             for note in self._conn.notifies(timeout=_PROBE_SECONDS, stop_after=1)
         )

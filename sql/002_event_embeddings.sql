@@ -1,26 +1,10 @@
 -- What readers use: one unit vector per event, gone with its event.
 -- Creating the foreign key locks iot_events against writers until the install commits.
 
-create table if not exists public.event_embeddings (
-  event_id      @key_type@ not null,
-  embedding     @vector@(384) not null,
-  model         text not null,
-  content_hash  bytea not null,
-  embedded_at   timestamptz not null default now(),
-  constraint event_embeddings_pkey primary key (event_id),
-  -- on update cascade: a writer that renumbers an event is not refused because of us.
-  constraint event_embeddings_event_id_fkey foreign key (event_id)
-    references public.iot_events (id) on update cascade on delete cascade
-);
-
-comment on table public.event_embeddings is
-  'Embedding of each event of iot_events, written by iot-event-listener. Compare vectors of one model only.';
-comment on column public.event_embeddings.model is 'name@revision/precision of the model';
-comment on column public.event_embeddings.content_hash is 'sha256 of the embedded text, UTF-8';
-
 -- Whoever may see an event may see its embedding, if granted select here, and nobody else: the policy
 -- asks iot_events with the reader's own rights. Supabase gives its API roles all rights on a new table
--- in public; these are taken back. Both once only, so that your policies and grants stay yours.
+-- in public; these are taken back. Both once only, so that your policies and grants stay yours; row
+-- security alone does not tell, because an event trigger may switch it on for every new table.
 --
 -- Key and policy move when another table has taken the name iot_events. The key is not validated: to
 -- look at every embedding would keep the writers out meanwhile. `listener backfill --all` deletes those
@@ -28,31 +12,44 @@ comment on column public.event_embeddings.content_hash is 'sha256 of the embedde
 do $$
 declare
   v_role name;
-  v_is_open constant boolean := not (
+  v_to_close boolean := to_regclass('public.event_embeddings') is null;
+  v_has_moved boolean;
+begin
+  create table if not exists public.event_embeddings (
+    event_id      @key_type@ not null,
+    embedding     @vector@(384) not null,
+    model         text not null,
+    content_hash  bytea not null,
+    embedded_at   timestamptz not null default now(),
+    constraint event_embeddings_pkey primary key (event_id),
+    -- on update cascade: a writer that renumbers an event is not refused because of us.
+    constraint event_embeddings_event_id_fkey foreign key (event_id)
+      references public.iot_events (id) on update cascade on delete cascade
+  );
+  v_to_close := v_to_close or not (
     select c.relrowsecurity from pg_catalog.pg_class c
     where c.oid = 'public.event_embeddings'::regclass
   );
-  v_has_moved constant boolean := not exists (
+  v_has_moved := not exists (
     select from pg_catalog.pg_constraint c
     where c.conrelid = 'public.event_embeddings'::regclass
       and c.contype = 'f'
       and c.confrelid = 'public.iot_events'::regclass
       and c.confdeltype = 'c'
   );
-begin
   if v_has_moved then
     alter table public.event_embeddings drop constraint if exists event_embeddings_event_id_fkey;
     alter table public.event_embeddings
     add constraint event_embeddings_event_id_fkey foreign key (event_id)
       references public.iot_events (id) on update cascade on delete cascade not valid;
   end if;
-  if v_is_open or v_has_moved then
+  if v_to_close or v_has_moved then
     drop policy if exists event_embeddings_as_events on public.event_embeddings;
     create policy event_embeddings_as_events on public.event_embeddings
     for select
     using (exists (select from public.iot_events e where e.id = event_embeddings.event_id));
   end if;
-  if not v_is_open then
+  if not v_to_close then
     return;
   end if;
   alter table public.event_embeddings enable row level security;
@@ -64,3 +61,8 @@ begin
   end loop;
 end
 $$;
+
+comment on table public.event_embeddings is
+  'Embedding of each event of iot_events, written by iot-event-listener. Compare vectors of one model only.';
+comment on column public.event_embeddings.model is 'name@revision/precision of the model';
+comment on column public.event_embeddings.content_hash is 'sha256 of the embedded text, UTF-8';

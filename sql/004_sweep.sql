@@ -34,12 +34,13 @@ $$;
 -- What the service sees of the two tables in public, with the rights of the role that installed: the
 -- id and text of an event, and the vectors. So the worker has no right on the tables themselves, sees
 -- no column that isn't embedded, and row-level security, which is about readers, hides no event from
--- it. An event that were hidden would pass for deleted.
+-- it. An event that were hidden would pass for deleted. `e.*` is the row; a bare `e` would be a column
+-- of that name, where there is one.
 create or replace view listener.event as
 select
   e.id,
-  listener.input_of(e) as input,
-  listener.content_hash(e) as content_hash
+  listener.input_of(e.*) as input,
+  listener.content_hash(e.*) as content_hash
 from public.iot_events e;
 
 -- Those for the rows of another table that had the name before.
@@ -90,7 +91,7 @@ begin
   with page as materialized (
     select
       e.id as event_id,
-      listener.content_hash(e) as content_hash,
+      listener.content_hash(e.*) as content_hash,
       @position@ as position
     from public.iot_events e
     where @from_position@
@@ -238,7 +239,7 @@ as $$
     h.event_id,
     1 - h.distance,
     case
-      when listener.content_hash(e) is not null then coalesce(listener.embedding_input(e), '')
+      when listener.content_hash(e.*) is not null then coalesce(listener.embedding_input(e.*), '')
     end
   from hits h
   join public.iot_events e on e.id = h.event_id

@@ -46,7 +46,7 @@ begin
       from new_events n
       left join old_events o on o.id = n.id
       where o.id is null
-        or listener.embedding_input(n) is distinct from listener.embedding_input(o)
+        or listener.embedding_input(n.*) is distinct from listener.embedding_input(o.*)
     );
   exception when others or assert_failure then
     v_changed := array(select n.id from new_events n);

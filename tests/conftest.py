@@ -158,6 +158,7 @@ def spawn(tmp_path: Path) -> Iterator[Callable[..., Command]]:
             process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 env=environment(settings, **variables),
+                cwd=tmp_path,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,

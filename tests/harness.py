@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ class Database:
         wrong = self.rows(
             "select e.id from public.iot_events e "
             "left join public.event_embeddings m on m.event_id = e.id and m.model = %s "
-            "and m.content_hash = sha256(convert_to(coalesce(listener.embedding_input(e), ''), "
+            "and m.content_hash = sha256(convert_to(coalesce(listener.embedding_input(e.*), ''), "
             "'UTF8')) "
             "left join listener.waiting w on w.event_id = e.id "
             "left join listener.queue q on q.event_id = e.id "
@@ -340,8 +341,12 @@ class Command:
 
 def environment(settings: Settings, **variables: str) -> dict[str, str]:
     """The environment of a `listener` process on this database."""
+    ours = {spec.name.upper() for spec in fields(Settings)}
     return {
-        **os.environ,
+        # Nothing that somebody has set for a service of their own.
+        **{name: value for name, value in os.environ.items() if name not in ours},
+        # Started elsewhere, where no .env lies, it finds the tests' modules all the same.
+        "PYTHONPATH": str(Path(__file__).parents[1]),
         "DATABASE_URL": settings.database_url,
         "EMBEDDING_MODEL": settings.embedding_model,
         "ENGINE": settings.engine,
@@ -362,7 +367,7 @@ def listener(
     return subprocess.run(
         [sys.executable, "-m", "listener", *arguments],
         env=environment(settings, **variables),
-        cwd=cwd,
+        cwd=cwd or tempfile.gettempdir(),
         capture_output=True,
         text=True,
         check=check,

@@ -69,10 +69,6 @@ class Proxy:
         for link in list(self._links):
             link.reset()
 
-    def open_links(self) -> int:
-        """How many connections pass through."""
-        return sum(link.is_open for link in self._links)
-
     def serve(self, listening: socket.socket) -> None:
         """Accept until closed; a thread for each connection."""
         while not self._is_closed:

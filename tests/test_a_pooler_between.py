@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from listener import service
 from listener.embedded import Server
 from tests.harness import Database, TinyEmbedder, serving, wait_until
 from tests.pooler import needs_pgbouncer, pooled
@@ -34,6 +35,22 @@ def test_behind_a_transaction_pooler_events_are_found_by_polling(
     behind_pooler.assert_invariant()
     said = [record.message for record in caplog.records]
     assert said.count("notify_does_not_arrive") == 2
+
+
+def test_behind_a_transaction_pooler_nothing_is_prepared(
+    behind_pooler: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A statement prepared on one of its servers is unknown to the next, or its name is taken."""
+    monkeypatch.setattr(service, "BEAT_SECONDS", 0.01)
+    prepared = "select count(*) from pg_prepared_statements"
+    with serving(behind_pooler), serving(behind_pooler):
+        for number in range(20):
+            behind_pooler.insert(f"event {number}")
+            behind_pooler.wait_for_rest()
+
+        with behind_pooler.service_session() as other:
+            for _ in range(20):
+                assert other.execute(prepared).fetchone() == (0,)
 
 
 def test_behind_a_pooler_no_session_setting_reaches_the_other_clients(

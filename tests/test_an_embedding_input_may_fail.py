@@ -198,6 +198,23 @@ def test_a_sweep_of_slow_events_takes_smaller_pages(
     assert max(pages[1:]) <= 13
 
 
+def test_a_sweep_that_can_not_get_past_an_event_is_given_up_until_the_next(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Begun again at once it would meet it again, for ever; the connection is as good as before."""
+    shorter = queries.SERVICE_SESSION.replace("'8s'", "'300ms'")
+    monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
+    replace_input(database, "perform pg_catalog.pg_sleep(9)")
+    database.park(*database.insert("bad"))
+
+    with serving(database.with_settings(backfill_last_n=100)):
+        wait_until(lambda: any(r.msg == "sweep_given_up" for r in caplog.records))
+        (event_id,) = database.insert("good")
+        wait_until(lambda: event_id in database.embedded())
+
+        assert database.value("select last_value from listener.worker_token") == 1
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_sweep_passes_by_what_it_fails_on(database: Database, queue: Queue, name: str) -> None:
     """It is queued, and parked by the worker with the reason."""
@@ -240,7 +257,7 @@ def test_one_that_is_not_declared_stable_reads_no_more_events(
     before = rows_read(database)
     claim = claimed(queue, 10)
     store(queue, claim, queue.read(claim))
-    database.rows("delete from public.iot_events where message = '11'")
+    database.rows("delete from public.iot_events where id = 11")
     queue.read(claimed(queue, 1))
 
     service_session.close()

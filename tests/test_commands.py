@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -12,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from listener.config import Settings
+from listener.config import MOST_EVENTS, Settings
+from listener.errors import ConfigError
+from listener.report import Report, require_reports_dir, write_report
 from tests.harness import (
     Command,
     Database,
@@ -223,6 +227,59 @@ def test_backfill_without_a_service_says_who_could_work(static: Database) -> Non
     finished = listener(static.settings, "backfill", "--all")
 
     assert "--work" in finished.stderr
+    (report,) = static.settings.reports_dir.glob("*_backfill.md")
+    assert "not followed: no service is seen" in report.read_text()
+
+
+def test_a_backfill_whose_worker_fails_fails(static: Database, tmp_path: Path) -> None:
+    """Whatever it was; a report that it was followed to the end would be a lie."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "torch.py").write_text("raise OSError('libcublas.so: cannot open')")
+    static.insert("a")
+    path = os.pathsep.join([str(tmp_path / "broken"), str(Path(__file__).parents[1])])
+
+    finished = listener(
+        static.settings, "backfill", "--all", "--work", check=False, ENGINE="torch", PYTHONPATH=path
+    )
+
+    assert finished.returncode == 1
+    assert "libcublas.so" in finished.stderr
+    assert not list(static.settings.reports_dir.glob("*_backfill.md"))
+
+
+def test_a_report_that_can_not_be_written_says_that_the_rest_is_done(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that has become full."""
+    require_reports_dir(database.settings)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+
+    with pytest.raises(ConfigError, match=r"can't be written \(No space left.*is done"):
+        write_report(database.settings, Report("retry", [], [], [], "nothing"))
+
+
+def test_a_moment_that_no_time_zone_can_tell_is_a_usage_error(static: Database) -> None:
+    """The least date of some languages."""
+    finished = listener(
+        static.settings, "backfill", "--all", "--since", "0001-01-01", check=False, TZ="Asia/Tokyo"
+    )
+
+    assert finished.returncode == 2
+    assert "--since" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_the_largest_scope_is_counted(static: Database) -> None:
+    """All there is."""
+    static.insert("a")
+
+    said = listener(static.settings, "status", BACKFILL_LAST_N=str(MOST_EVENTS)).stdout
+
+    assert "0 of 1" in said
 
 
 def test_backfill_since_looks_at_no_older_events(static: Database) -> None:
@@ -261,12 +318,39 @@ def test_a_server_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
     assert "Traceback" not in finished.stderr
 
 
+def test_a_second_demo_in_the_same_place_is_refused(open_folder: Path, tmp_path: Path) -> None:
+    """The first to end would stop the server of both."""
+    settings = Settings(database_url="", reports_dir=tmp_path)
+    descriptor = os.open(open_folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+    finished = listener(settings, "demo", check=False, DEMO_DIR=str(open_folder))
+
+    os.close(descriptor)
+    assert finished.returncode == 2
+    assert "a demo runs in DEMO_DIR" in finished.stderr
+
+
+def test_a_place_for_the_demo_that_can_not_be_made_is_one_clear_line(tmp_path: Path) -> None:
+    """As the home of an account that has none."""
+    settings = Settings(database_url="", reports_dir=tmp_path)
+
+    finished = listener(settings, "demo", check=False, DEMO_DIR="/proc/x")
+
+    assert finished.returncode == 2
+    assert "DEMO_DIR /proc/x can't be written" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
 def test_the_demo_shows_events_and_a_search_and_goes_on_where_it_was(
     open_folder: Path, tmp_path: Path
 ) -> None:
     """What `make run` does without a database."""
     settings = Settings(database_url="", reports_dir=tmp_path)
-    first = listener(settings, "demo", "--events", "3", DEMO_DIR=str(open_folder))
+    # A relative place, and a port that is another server's.
+    first = listener(
+        settings, "demo", "--events", "3", cwd=open_folder, DEMO_DIR=".", PGPORT="5433"
+    )
     second = listener(settings, "demo", "--events", "21", DEMO_DIR=str(open_folder))
     assert not any(open_folder.glob("postgres/data/postmaster.pid"))
 
@@ -274,4 +358,3 @@ def test_the_demo_shows_events_and_a_search_and_goes_on_where_it_was(
     assert len(re.findall(r"^ *[\d.]+ ms ", first.stdout, re.MULTILINE)) == 3
     assert "3 events so far, 3 embedded" in second.stdout
     assert "search “" in second.stdout
-    assert os.environ.get("DATABASE_URL") in (None, "")

@@ -22,7 +22,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         ("BATCH_EVENTS", "many", "'many'; it must be a whole number of at least 1"),
         ("BATCH_EVENTS", "0", "'0'; it must be a whole number of at least 1"),
         ("LEASE_SECONDS", "nan", "a number of at least 1"),
-        ("BACKFILL_LAST_N", "9999999999", "at least 0 and at most 2147483647"),
+        ("BACKFILL_LAST_N", "9999999999", "at least 0 and at most 2147483646"),
         ("MAX_ATTEMPTS", "1000000", "at least 1 and at most 1000"),
         ("NOTIFY", "sometimes", "one of gated, always, never"),
         ("MODEL_CACHE", "~nobody-has-this-name/x", "no such home directory"),
@@ -32,6 +32,30 @@ def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: str, says: 
     """Subject, finding, remedy."""
     with pytest.raises(ConfigError, match=f"{name} is .*{says}"):
         Settings.from_environment({name: value})
+
+
+@pytest.mark.parametrize("hosts", ["h1,h2", "h1:5432,h2", "h1:5432,h2:5433"])
+def test_several_hosts_may_leave_their_ports_out(hosts: str) -> None:
+    """As a pair of which one is the primary."""
+    url = f"postgresql://u:p@{hosts}/db?target_session_attrs=read-write"
+
+    assert Settings.from_environment({"DATABASE_URL": url}).database_url == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://u:s3cret@db..example.com/x", "postgresql://u:s3cret@h/x?connect_timeout=10s"],
+)
+def test_what_the_driver_can_not_use_is_one_clear_line(tmp_path: Path, url: str) -> None:
+    """Exit 2: to try again would help nobody."""
+    settings = Settings(database_url=url, reports_dir=tmp_path)
+
+    finished = listener(settings, "status", check=False)
+
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("listener: a part of DATABASE_URL, or of libpq's own")
+    assert "s3cret" not in finished.stderr
+    assert "s3cret" not in listener(settings, "check", check=False).stdout
 
 
 @pytest.mark.parametrize(

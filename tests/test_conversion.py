@@ -17,7 +17,7 @@ from listener.embedder import load_embedder
 from listener.engine_openvino import converted_directory
 from listener.errors import ConfigError
 from listener.model import locate
-from tests.harness import Command
+from tests.harness import Command, listener
 from tests.test_engines import chosen
 
 # --- conversion ----------------------------------------------------------------------------------
@@ -46,6 +46,22 @@ def test_conversions_at_once_all_leave_the_model(
         one.output() for one in conversions
     ]
     assert load_embedder(replace(settings, engine="openvino")).engine == "openvino"
+
+
+def test_a_model_is_converted_out_of_the_cache_that_the_env_file_names(
+    minilm: Path, tmp_path: Path
+) -> None:
+    """Libraries read HF_HOME when they are imported."""
+    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / ("0" * 40)
+    shutil.copytree(minilm, snapshot)
+    (tmp_path / ".env").write_text(f"HF_HOME={tmp_path}\n")
+    settings = Settings(embedding_model="some/model", model_cache=tmp_path / "cache")
+
+    made = listener(
+        settings, "model", "convert", cwd=tmp_path, EMBEDDING_REVISION="0" * 40
+    ).stdout.strip()
+
+    assert Path(made).is_dir()
 
 
 def test_a_conversion_whose_vectors_differ_leaves_nothing(

@@ -37,6 +37,7 @@ LAYERS = (
     {"notify_systemd"},
     {"database", "health"},
     {"catalogue", "patience", "queue", "wakeup", "worker"},
+    {"columns"},
     {"backfill", "preflight", "report", "search", "status", "template"},
     {"engine_openvino", "engine_static", "engine_torch", "html_report", "install"},
     {"checks_link", "checks_reading", "convert", "embedder"},

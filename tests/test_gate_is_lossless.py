@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from listener import service
 from listener.database import Connection
 from listener.queue import Claim, EventId, Queue
 from listener.wakeup import GATE_KEY, Wakeup
+from listener.worker import beat
 from tests.gate_model import BROKEN, HARMLESS, NAPS, Protocol, State, World, explore
-from tests.harness import Database, serving, wait_until
+from tests.harness import Database, is_asleep, serving, wait_until
 
 REAL = Protocol()
 
@@ -305,16 +307,16 @@ def test_a_commit_between_a_sleep_and_its_beat_is_not_slept_through(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The beat's answer may bring the notification along, and then the socket stays silent."""
-    sleep, inserted = Wakeup.sleep, threading.Event()
+    inserted = threading.Event()
 
-    def sleep_then_insert(wakeup: Wakeup, seconds: float) -> bool:
-        is_woken = sleep(wakeup, seconds)
-        if seconds > _LOOK_SECONDS and not is_woken and not inserted.is_set():
+    def insert_then_beat(conn: Connection, worker: int | None) -> bool:
+        name = conn.info.get_parameters()["application_name"]
+        if name == "listener-wake" and is_asleep(database) and not inserted.is_set():
             database.insert("a")
             inserted.set()
-        return is_woken
+        return beat(conn, worker)
 
-    monkeypatch.setattr(Wakeup, "sleep", sleep_then_insert)
+    monkeypatch.setattr(service, "beat", insert_then_beat)
     with serving(database):
         inserted.wait(_STEP_SECONDS)
 

@@ -34,6 +34,11 @@ def install_in(conn: Connection, columns: list[str] | None = None) -> install.Pl
     return plan
 
 
+def uninstall_in(conn: Connection, *, drop_embeddings: bool) -> None:
+    """What the command does."""
+    install.apply_plan(conn, install.plan_uninstall(read_facts(conn), drop_embeddings))
+
+
 @contextmanager
 def with_events(url: str, columns: str) -> Iterator[Database]:
     """A database with an iot_events of these columns, not installed."""
@@ -150,7 +155,7 @@ def test_uninstall_leaves_iot_events_as_it_was(new_database: NewDatabase) -> Non
         install_in(database.conn)
         assert described(database.conn) != before
 
-        install.apply_plan(database.conn, install.plan_uninstall(drop_embeddings=True))
+        uninstall_in(database.conn, drop_embeddings=True)
 
         assert described(database.conn) == before
         assert database.value("select to_regnamespace('listener')") is None
@@ -162,7 +167,7 @@ def test_uninstall_keeps_the_embeddings_unless_told_otherwise(database: Database
     with serving(database):
         database.wait_for_rest()
 
-    install.apply_plan(database.conn, install.plan_uninstall(drop_embeddings=False))
+    uninstall_in(database.conn, drop_embeddings=False)
 
     assert len(database.embedded()) == 1
     install_in(database.conn)
@@ -207,7 +212,7 @@ def test_a_role_without_superuser_installs_runs_and_uninstalls(
                 with serving(database):
                     database.wait_for_rest()
                 database.assert_invariant()
-                install.apply_plan(database.conn, install.plan_uninstall(drop_embeddings=True))
+                uninstall_in(database.conn, drop_embeddings=True)
         finally:
             admin.execute("drop owned by plain_owner")
             admin.execute("drop role plain_owner")
@@ -514,7 +519,7 @@ def test_the_type_of_id_can_be_changed_and_the_embeddings_stay(new_database: New
         with serving(events):
             events.wait_for_rest()
 
-        install.apply_plan(events.conn, install.plan_uninstall(drop_embeddings=False))
+        uninstall_in(events.conn, drop_embeddings=False)
         events.rows(alter)
         install_in(events.conn)
         events.rows("insert into public.iot_events values (5000000000, 'new')")

@@ -15,7 +15,7 @@ from listener import cli, install, patience
 from listener.catalogue import read_facts
 from listener.config import Settings
 from tests.harness import Command, Database, serving, wait_until
-from tests.test_install import NewDatabase, install_in, with_events
+from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
 from tests.test_writers_are_safe import insert
 
 # The time-out of one attempt, and room for a slow machine.
@@ -268,7 +268,7 @@ def test_an_uninstall_under_traffic_ends_the_service_and_no_writer(
     with traffic(database) as devices:
         wait_until(database.embedded)
 
-        install.apply_plan(database.conn, install.plan_uninstall(drop_embeddings=True))
+        uninstall_in(database.conn, drop_embeddings=True)
 
         assert service.process.wait(30) == 3
         devices.wait_for_more()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import psycopg
@@ -25,7 +26,7 @@ from tests.harness import (
     wait_until,
 )
 from tests.test_docs import ARCHITECTURE, table
-from tests.test_install import install_in, with_events
+from tests.test_install import install_in, uninstall_in, with_events
 
 MakeServer = Callable[..., Server]
 
@@ -250,7 +251,7 @@ def test_a_write_through_the_views_is_planned_as_on_the_tables(database: Databas
     for view, relation in (
         ("listener.embedding", "public.event_embeddings"),
         ("listener.event e", "public.iot_events e"),
-        ("e.input", "listener.input_of(e)"),
+        ("e.input", "listener.input_of(e.*)"),
     ):
         assert view in bare
         bare = bare.replace(view, relation)
@@ -349,20 +350,37 @@ def test_the_operators_policies_and_grants_outlive_an_install(database: Database
     assert policies == [("mine",)]
 
 
-def test_row_security_that_hides_events_from_their_owner_is_refused(
-    make_server: MakeServer,
+@pytest.mark.parametrize("table", ["iot_events", "event_embeddings"])
+def test_row_security_that_hides_rows_from_their_owner_is_refused(
+    make_server: MakeServer, table: str
 ) -> None:
-    """An event that the service doesn't see would pass for deleted."""
+    """An event that the service doesn't see would pass for deleted; a vector can't be stored."""
     with plain_owner(make_server()) as (database, _):
         install_in(database.conn)
-        database.rows("alter table public.iot_events enable row level security")
+        database.rows(f"alter table public.{table} enable row level security")
         install.verify(database.conn)
-        database.rows("alter table public.iot_events force row level security")
+        database.rows(f"alter table public.{table} force row level security")
 
-        with pytest.raises(SchemaError, match="no force row level security"):
+        with pytest.raises(SchemaError, match=f"public.{table} no force row level security"):
             install.verify(database.conn)
-        with pytest.raises(SchemaError, match="no force row level security"):
+        with pytest.raises(SchemaError, match=f"public.{table} no force row level security"):
             install_in(database.conn)
+
+
+def test_the_service_needs_no_right_on_schema_public(
+    database: Database, static_model: Path
+) -> None:
+    """Many close it to everybody but the owner."""
+    database.rows("revoke all on schema public from public")
+    database = database.with_settings(embedding_model=str(static_model))
+    (event_id,) = database.insert("a")
+
+    listener(database.settings, "run", "--once")
+
+    assert database.embedded().keys() == {event_id}
+    checked = listener(database.settings, "check")
+    assert "FAIL" not in checked.stdout
+    listener(database.settings, "show", str(event_id))
 
 
 # --- the owner -----------------------------------------------------------------------------------
@@ -486,9 +504,9 @@ def test_an_uninstall_takes_roles_and_rights_and_leaves_the_login_role(
                 second = conn
         first.execute("create role listener_login login in role listener_worker")
 
-        install.apply_plan(first, install.plan_uninstall(drop_embeddings=False))
+        uninstall_in(first, drop_embeddings=False)
         kept = first.execute(roles).fetchall()
-        install.apply_plan(second, install.plan_uninstall(drop_embeddings=True))
+        uninstall_in(second, drop_embeddings=True)
         left = first.execute(roles).fetchall()
         second.close()
 

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -301,6 +302,23 @@ def test_a_port_that_is_not_to_be_had_is_one_clear_line(
     assert f"METRICS_HOST={host} METRICS_PORT={port} can't be listened on" in line
 
 
+def test_a_client_that_leaves_is_no_line_in_the_log(
+    database: Database, watch: Callable[..., Endpoint]
+) -> None:
+    """As the check of a load balancer, every few seconds."""
+    endpoint = watch(database)
+    for _ in range(3):
+        client = socket.create_connection(("127.0.0.1", endpoint.port))
+        client.sendall(b"GET ")
+        # Closed so, it sends a reset.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    assert endpoint.status("/metrics") == 200
+
+    assert endpoint.worker.end() == 0
+    assert "Traceback" not in endpoint.worker.output()
+
+
 @pytest.mark.parametrize("port", [99_999])
 def test_a_port_beyond_all_ports_is_refused(port: int) -> None:
     """As one that is taken."""
@@ -323,7 +341,8 @@ def test_no_page_shows_the_password(
     """Whether the database answers or not."""
     database.rows(f"create role watched login superuser password '{PASSWORD}'")
     try:
-        url = database.settings.database_url.replace("postgres@", f"watched:{PASSWORD}@")
+        url = database.owner.database_url.replace("postgres@", f"watched:{PASSWORD}@")
+        assert PASSWORD in url
         if not reaches:
             url = f"postgresql://watched:{PASSWORD}@127.0.0.1:1/x"
         endpoint = watch(database.with_settings(database_url=url), LOG_LEVEL="debug")

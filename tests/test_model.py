@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import tracemalloc
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from listener.config import GTE_SMALL, GTE_SMALL_REVISION, Settings
 from listener.embedder import load_embedder
 from listener.encoding import Encoder
 from listener.engine_torch import SentenceTransformersEmbedder
 from listener.errors import ConfigError, EmbeddingError, EncoderLost, ModelFault
-from listener.model import locate
+from listener.model import fetch, locate
 from tests.harness import TinyEmbedder, listener, vector_of
 
 
@@ -156,7 +160,9 @@ def test_a_missing_model_names_the_command_that_fetches_it(
         locate(Settings())
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no config", "no weights"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "no config", "no weights", "no pooling", "an adapter", "unknown key"]
+)
 def test_a_damaged_model_is_a_configuration_error(
     minilm: Path, tmp_path: Path, damage: str
 ) -> None:
@@ -168,11 +174,107 @@ def test_a_damaged_model_is_a_configuration_error(
         weights.write_bytes(weights.read_bytes()[:1000])
     elif damage == "no weights":
         weights.unlink()
+    elif damage == "no pooling":
+        shutil.rmtree(broken / "1_Pooling")
+    elif damage == "an adapter":
+        (broken / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    elif damage == "unknown key":
+        pooling = broken / "1_Pooling" / "config.json"
+        pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "of_tomorrow": 1}))
     else:
         (broken / "config.json").unlink()
 
     with pytest.raises(ConfigError, match="can't be loaded"):
         load_embedder(Settings(embedding_model=str(broken)))
+
+
+def test_a_model_that_this_account_may_not_read_is_one_clear_line(
+    static_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one below a home to which the unit has no way."""
+
+    def closed(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_dir", closed)
+
+    with pytest.raises(ConfigError, match=r"can't be read \(Permission denied: /.*static"):
+        locate(Settings(embedding_model=str(static_model)))
+
+
+def static_of(
+    folder: Path, minilm: Path, dimension: int, kind: type = np.float32, **how: Any
+) -> NDArray[np.float32]:
+    """Save a static embedding. Returns the vector of "pump" by the library."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    numbers = np.random.default_rng(2).standard_normal((tokenizer.get_vocab_size(), dimension))
+    module = StaticEmbedding(tokenizer, embedding_weights=numbers.astype(np.float32))
+    safe = how.pop("safe_serialization", True)
+    model = SentenceTransformer(modules=[module], device="cpu", **how)
+    model.save(str(folder), safe_serialization=safe)
+    if kind is not np.float32:
+        module.embedding.weight.data = module.embedding.weight.data.half()
+        save_file(
+            {"embedding.weight": module.embedding.weight.data.numpy()},
+            folder / "model.safetensors",
+        )
+    vector: NDArray[np.float32] = model.encode("pump", normalize_embeddings=True)
+    return vector
+
+
+def test_pickled_weights_are_refused_wherever_they_are(tmp_path: Path, minilm: Path) -> None:
+    """They may run code, and the fingerprint doesn't cover them."""
+    static_of(tmp_path / "pickled", minilm, 384, safe_serialization=False)
+
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is a pickle"):
+        load_embedder(Settings(embedding_model=str(tmp_path / "pickled")))
+
+
+def test_a_model_that_leaves_numbers_out_of_its_vectors_is_heeded(
+    tmp_path: Path, minilm: Path
+) -> None:
+    """As one of the Matryoshka kind."""
+    expected = static_of(tmp_path / "long", minilm, 768, truncate_dim=384)
+
+    embedder = load_embedder(Settings(embedding_model=str(tmp_path / "long")))
+
+    assert expected.shape == (384,)
+    assert float(embedder.encode(["pump"])[0] @ expected) > 0.99999
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_a_static_embedding_of_16_bits_is_computed_in_32(
+    tmp_path: Path, minilm: Path, engine: str
+) -> None:
+    """By whichever engine."""
+    expected = static_of(tmp_path / "half", minilm, 384, np.float16)
+
+    embedder = load_embedder(Settings(embedding_model=str(tmp_path / "half"), engine=engine))
+
+    found = embedder.encode(["pump"])
+    assert found.dtype == np.float32
+    assert float(found[0] @ expected.astype(np.float32)) > 0.999
+
+
+def test_a_fetch_that_fails_is_a_configuration_error_whatever_it_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A proxy that refuses is none of the hub's errors."""
+
+    class ProxyError(Exception):
+        pass
+
+    def refused(*_: object, **__: object) -> None:
+        raise ProxyError("407 Proxy Authentication Required")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
+
+    with pytest.raises(ConfigError, match=r"can't be fetched \(ProxyError\)"):
+        fetch(Settings())
 
 
 def test_a_model_of_another_size_is_refused(tmp_path: Path, minilm: Path) -> None:

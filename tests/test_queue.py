@@ -9,6 +9,7 @@ import pytest
 
 from listener import queries
 from listener.queue import Event, Queue
+from listener.worker import LOCK_CLASS
 from tests.harness import (
     Database,
     TinyEmbedder,
@@ -195,6 +196,62 @@ def test_retries_have_their_turn_in_a_flood_of_changes(database: Database, queue
     assert order == [first, a, second, b, c, old]
 
 
+def test_retries_have_their_turn_in_a_stream_of_changes_too(
+    database: Database, queue: Queue
+) -> None:
+    """One that never ceases, and never fills a claim."""
+    (first,) = database.insert("given back")
+    queue.release(claimed(queue).lease, [first])
+
+    order = []
+    for number in range(4):
+        database.insert(str(number))
+        order += claimed(queue).event_ids
+
+    assert first in order
+
+
+def test_what_is_committed_late_has_its_turn_in_a_stream_of_changes(
+    database: Database, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies before what was taken, and something always lies behind."""
+    monkeypatch.setattr("listener.queue._LOOK_BACK_SECONDS", 0.05)
+    insert = (
+        "insert into public.iot_events (device_id, event_type, severity, message) "
+        "values ('d', 't', 's', 'late') returning id"
+    )
+    with database.session() as writer, writer.transaction():
+        row = writer.execute(insert).fetchone()
+        database.insert("early")
+        claimed(queue)
+    assert row is not None
+
+    def taken() -> bool:
+        database.insert("another")
+        return row[0] in claimed(queue).event_ids
+
+    wait_until(taken)
+
+
+def test_a_look_at_a_long_backfill_reads_little_of_it(database: Database) -> None:
+    """Each worker looks every 1.2 s."""
+    database.rows(
+        "insert into listener.queue (event_id, lane, due_at) "
+        "select n, 1, now() - interval '1 s' from generate_series(1, 50000) n"
+    )
+    database.rows("analyze listener.queue")
+
+    with database.service_session() as conn:
+        conn.execute(queries.SERVICE_SESSION)
+        parameters = {"lock_class": LOCK_CLASS, "worker": None}
+        explain = f"explain (analyze, buffers, format json) {queries.BEAT}"
+        row = conn.execute(explain.encode(), parameters).fetchone()
+
+    assert row is not None
+    plan = row[0][0]["Plan"]
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 100
+
+
 def test_live_events_go_before_backfill_and_backfill_goes_newest_first(
     database: Database, queue: Queue
 ) -> None:
@@ -221,6 +278,24 @@ def test_a_failed_event_is_due_again_later_and_parked_in_the_end(database: Datab
     assert (event_id, attempts, leased, parked) == (bad, 3, False, True)
     assert "can't be encoded" in error
     assert set(database.embedded()) == {good_a, good_b}
+
+
+@pytest.mark.parametrize(("attempts", "seconds"), [(1, 5), (2, 10), (5, 80), (20, 3600)])
+def test_the_wait_after_a_failure_doubles_up_to_an_hour(
+    database: Database, caplog: pytest.LogCaptureFixture, attempts: int, seconds: float
+) -> None:
+    """Give or take a half, so that what failed together is not tried together."""
+    settings = database.with_settings(max_attempts=100, retry_seconds=5.0).settings
+    (event_id,) = database.insert("bad")
+    with database.service_session() as conn:
+        queue = Queue(conn, settings, None)
+        claim = claimed(queue)
+        database.rows("update listener.queue set attempts = %s", attempts)
+
+        queue.fail(claim.lease, [event_id], "why")
+
+    (record,) = (r for r in caplog.records if r.msg == "event_failed")
+    assert seconds * 0.5 <= record.__dict__["fields"]["retry_in_seconds"] <= seconds * 1.5
 
 
 def test_a_reason_that_a_text_column_cannot_hold_is_kept_as_escapes(

@@ -217,6 +217,23 @@ def test_a_bug_ends_with_exit_1_and_a_traceback_without_the_password(
     assert_nothing_given_away(said)
 
 
+@pytest.mark.parametrize("is_set", [True, False], ids=["set", "not set"])
+@pytest.mark.parametrize("shape", ["postgresql://u:{}@h/db", "host=h password={}"])
+def test_a_connection_string_that_is_no_argument_is_quoted_without_its_password(
+    tmp_path: Path, shape: str, is_set: bool
+) -> None:
+    """As psql takes it; the error of the usage repeats what it was given."""
+    url = shape.format(quote(IN_URL, safe=""))
+    settings = Settings(database_url=url if is_set else "", reports_dir=tmp_path)
+
+    for arguments in (["status", url], [url]):
+        finished = listener(settings, *arguments, check=False)
+
+        assert finished.returncode == 2
+        assert "Usage: " in finished.stderr
+        assert_nothing_given_away(finished.stdout + finished.stderr)
+
+
 def test_the_folder_of_reports_is_for_its_owner_alone(database: Database) -> None:
     """Whichever command makes it, whatever the umask."""
     shutil.rmtree(database.settings.reports_dir, ignore_errors=True)

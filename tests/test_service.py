@@ -174,6 +174,8 @@ def test_a_killed_service_started_again_encodes_twice_only_what_was_in_flight(
 
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.wait()
+    # Its last write may still go on.
+    wait_until(lambda: database.value(_SERVICE_SESSIONS) == 0)
     stored = len(database.embedded())
     assert stored < events
     again = spawn(settings, "run", BATCH_EVENTS="64", LEASE_SECONDS="3600", CACHE_TEXTS="0")
@@ -200,6 +202,38 @@ def test_run_once_embeds_what_is_due_and_the_last_n_and_ends(
     assert finished.stdout == ""
     assert len(database.embedded()) == 2
     assert database.value("select count(*) from listener.worker") == 0
+
+
+def test_the_sweep_is_repeated_on_its_timer(database: Database) -> None:
+    """What a writer left without a trigger is found by a service that sleeps."""
+    with serving(database.with_settings(sweep_seconds=0.5)):
+        (first,) = database.insert("a")
+        wait_until(lambda: first in database.embedded())
+        database.wait_for_rest()
+
+        database.rows("delete from public.event_embeddings")
+
+        wait_until(lambda: first in database.embedded())
+
+
+@pytest.mark.parametrize("once", [False, True], ids=["service", "once"])
+def test_a_parked_event_that_is_deleted_goes_with_the_next_sweep(
+    database: Database, once: bool
+) -> None:
+    """An operator's natural remedy leaves nothing that would still count as parked."""
+    (event_id,) = database.insert("bad")
+    database.park(event_id)
+    with serving(database.with_settings(sweep_seconds=0.5)):
+        wait_until(lambda: is_asleep(database))
+        database.rows("delete from public.iot_events")
+        if not once:
+            wait_until(lambda: database.queue() == [])
+    if once:
+        database.park(event_id)
+        with serving(database, once=True) as service:
+            service.thread.join()
+
+    assert database.queue() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -184,6 +184,46 @@ def test_pgvector_is_created_where_supabase_keeps_extensions(new_project: NewPro
         assert database.value(schema) == "extensions"
 
 
+# As Supabase's documentation has it, and many projects.
+_CLOSED_AT_BIRTH = """
+create function public.rls_auto_enable() returns event_trigger language plpgsql as $$
+declare
+  made record;
+begin
+  for made in
+    select * from pg_event_trigger_ddl_commands() where command_tag = 'CREATE TABLE'
+  loop
+    if made.schema_name = 'public' then
+      execute format('alter table %s enable row level security', made.object_identity);
+    end if;
+  end loop;
+end
+$$;
+create event trigger ensure_rls on ddl_command_end when tag in ('CREATE TABLE')
+execute function public.rls_auto_enable();
+"""
+
+
+def test_a_table_that_an_event_trigger_closes_at_birth_gets_its_policy_all_the_same(
+    new_project: NewProject,
+) -> None:
+    """And the rights that the API roles have on it by default are taken back."""
+    with new_project() as database:
+        url = database.owner.database_url.replace(f"//{PROJECT}@", "//postgres@")
+        with psycopg.connect(url, autocommit=True) as admin:
+            admin.execute(_CLOSED_AT_BIRTH.encode())
+
+        install_in(database.conn)
+
+        policies = database.rows(
+            "select polname from pg_policy where polrelid = 'public.event_embeddings'::regclass"
+        )
+        assert policies == [("event_embeddings_as_events",)]
+        for api_role in ("anon", "authenticated"):
+            may = "select has_table_privilege(%s, 'public.event_embeddings', 'select')"
+            assert database.value(may, api_role) is False
+
+
 # --- the migration -------------------------------------------------------------------------------
 
 

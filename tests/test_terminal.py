@@ -142,6 +142,12 @@ def test_a_backfill_on_a_terminal_is_a_bar(static: Database) -> None:
     assert "events/s" in running.shown()
 
 
+def test_a_terminal_that_can_not_move_its_cursor_gets_plain_lines(static: Database) -> None:
+    """As a shell in an editor."""
+    with terminal(static.settings, "status", "--watch", TERM="dumb") as running:
+        wait_until(lambda: "embedded" in running.shown())
+
+
 def test_a_backfill_anywhere_else_is_plain_lines(static: Database) -> None:
     """Even with a terminal's settings around."""
     static.insert(*map(str, range(2000)))

@@ -137,8 +137,7 @@ def test_a_lock_held_by_a_migration_is_waited_out(database: Database, table: str
         database.insert("before")
         with migration.transaction():
             migration.execute(f"lock table {table} in access exclusive mode".encode())
-            migration.execute("notify listener")
-            migration.execute("select pg_sleep(1)")
+            wait_until(lambda: writers(database))
         database.insert("after")
 
         wait_until(lambda: len(database.embedded()) == 2)
@@ -154,6 +153,8 @@ def test_a_serializable_default_fails_no_claim(database: Database) -> None:
             database.insert(f"event {number}")
             database.rows("update public.iot_events set message = message || '.' where id = 1")
         database.wait_for_rest()
+        # Each of the two has connected once.
+        assert database.value("select last_value from listener.worker_token") == 2
 
     assert len(database.embedded()) == 50
     database.assert_invariant()

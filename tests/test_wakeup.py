@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+
+import pytest
 
 from listener.database import Connection
 from listener.stop import Stop
@@ -85,14 +88,19 @@ def test_a_commit_after_the_gate_closed_ends_the_sleep(database: Database) -> No
         assert wakeup.sleep(seconds)
 
 
-def test_a_stop_ends_a_sleep(database: Database) -> None:
+@pytest.mark.parametrize("after_seconds", [0.0, 0.2], ids=["before", "during"])
+def test_a_stop_ends_a_sleep(database: Database, after_seconds: float) -> None:
     """From a signal handler or another thread, before or during it."""
     with database.service_session("listener-wake") as wake:
         stop = Stop()
         wakeup = Wakeup(wake, stop, "gated", poll_seconds=60.0)
-        stop.set()
+        timer = threading.Timer(after_seconds, stop.set)
+        timer.start()
+        if not after_seconds:
+            timer.join()
 
         assert not wakeup.sleep(60.0)
+        assert not timer.is_alive()
         wakeup.close()
 
 
@@ -132,10 +140,22 @@ def test_without_notify_events_are_found_by_polling(database: Database) -> None:
     """What a transaction pooler leaves."""
     database = database.with_settings(notify="never", poll_seconds=0.2)
     with serving(database):
-        wait_until(lambda: not is_asleep(database))
-        database.insert("a")
+        for _ in range(3):
+            database.insert("a")
+            database.wait_for_rest()
+            assert not is_asleep(database)
 
+        assert len(database.embedded()) == 3
+
+
+def test_without_notify_a_worker_has_a_session_and_is_listed(database: Database) -> None:
+    """Only the writers are silent; what a session of its own gives, it has."""
+    database = database.with_settings(notify="never", poll_seconds=0.2)
+    with serving(database):
+        database.insert("a")
         wait_until(database.embedded)
+
+        assert database.value("select count(*) from listener.live_worker") == 1
 
 
 def test_a_thousand_inserts_at_random_phases_are_never_slept_through(database: Database) -> None:
@@ -157,16 +177,28 @@ def test_a_thousand_inserts_at_random_phases_are_never_slept_through(database: D
     assert len(database.embedded()) == 1000
 
 
-def test_eight_idle_workers_and_one_insert_are_no_herd(database: Database) -> None:
+def test_eight_idle_workers_and_one_insert_are_no_herd(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One is woken and encodes; the others sleep on."""
+    sleep, woken = Wakeup.sleep, list[Wakeup]()
+
+    def counted(wakeup: Wakeup, seconds: float) -> bool:
+        is_woken = sleep(wakeup, seconds)
+        if is_woken:
+            woken.append(wakeup)
+        return is_woken
+
+    monkeypatch.setattr(Wakeup, "sleep", counted)
     embedders = [TinyEmbedder() for _ in range(8)]
     with ExitStack() as stack:
         for embedder in embedders:
             stack.enter_context(serving(database, embedder))
-        wait_until(lambda: is_asleep(database))
-        before = database.value("select last_value from listener.lease_token")
+        registered = "select count(*) from listener.worker"
+        wait_until(lambda: is_asleep(database) and database.value(registered) == 8)
+        woken.clear()
         database.insert("one")
         wait_until(lambda: database.embedded() and is_asleep(database))
 
         assert sum(len(embedder.encoded) for embedder in embedders) == 1
-        assert database.value("select last_value from listener.lease_token") - before <= 1
+        assert len(woken) == 1

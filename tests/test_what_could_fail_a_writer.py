@@ -131,6 +131,24 @@ def test_a_full_notify_queue_refuses_no_writer(small_notify_queue: Database) -> 
         wait_until(lambda: database.value(usage) < 0.5)
 
 
+def test_a_service_started_at_a_full_notify_queue_is_none_behind_a_pooler(
+    small_notify_queue: Database,
+) -> None:
+    """Its own NOTIFY is not sent, which says nothing about its session."""
+    database = small_notify_queue
+    with database.session() as deaf:
+        deaf.execute("listen anything")
+        deaf.execute("begin")
+        deaf.execute("select 1")
+        with pytest.raises(psycopg.errors.ProgramLimitExceeded):
+            fill_notify_queue(database.conn)
+
+        with serving(database):
+            wait_until(lambda: is_asleep(database))
+
+            assert database.value("select count(*) from listener.live_worker") == 1
+
+
 @contextmanager
 def locked(database: Database) -> Iterator[None]:
     with database.session() as migration, migration.transaction():

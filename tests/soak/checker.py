@@ -39,7 +39,7 @@ where not exists (select from listener.queue q where q.event_id = e.id)
     or m.model <> %(model)s
     or m.content_hash is distinct from case
       when strpos(e.message, 'poison') > 0 then null
-      else sha256(convert_to(coalesce(listener.embedding_input(e), ''), 'UTF8'))
+      else sha256(convert_to(coalesce(listener.embedding_input(e.*), ''), 'UTF8'))
     end
   )
   and not exists (select from soak.unseen u where u.event_id = e.id)
@@ -89,7 +89,7 @@ where exists (select from listener.queue q where q.event_id = u.event_id)
     join public.event_embeddings m on m.event_id = e.id
     where e.id = u.event_id
       and strpos(e.message, 'poison') = 0
-      and m.content_hash = sha256(convert_to(coalesce(listener.embedding_input(e), ''), 'UTF8'))
+      and m.content_hash = sha256(convert_to(coalesce(listener.embedding_input(e.*), ''), 'UTF8'))
   )
 """
 # All that is known about one event, the newest entries of the logs last.

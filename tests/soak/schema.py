@@ -80,7 +80,7 @@ language plpgsql
 as $$
 begin
   insert into soak.text (event_id, content_hash)
-  select n.id, sha256(convert_to(coalesce(listener.embedding_input(n), ''), 'UTF8'))
+  select n.id, sha256(convert_to(coalesce(listener.embedding_input(n.*), ''), 'UTF8'))
   from new_events n
   where strpos(coalesce(n.message, ''), 'poison') = 0
   on conflict do nothing;

@@ -97,5 +97,3 @@ update public.iot_events e set message = soak.message()
 from picked p where e.id = p.id
 returning e.id
 """
-
-LATEST = b"select coalesce(max(id), 0) from public.iot_events"

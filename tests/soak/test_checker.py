@@ -17,7 +17,7 @@ from tests.soak.ground import Connection, Ground, installed
 _STORE = b"""
 insert into public.event_embeddings (event_id, embedding, model, content_hash)
 select e.id, %(vector)s::vector, %(model)s,
-  sha256(convert_to(coalesce(listener.embedding_input(e), ''), 'UTF8'))
+  sha256(convert_to(coalesce(listener.embedding_input(e.*), ''), 'UTF8'))
 from public.iot_events e where strpos(e.message, 'poison') = 0
 on conflict (event_id) do update set content_hash = excluded.content_hash
 """

@@ -1,0 +1,182 @@
+"""Names, functions and triggers that are the user's own, and whatever else is in the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from listener.catalogue import read_facts
+from listener.errors import SchemaError
+from tests.harness import Database, listener, serving
+from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
+
+_TEXT = "select listener.embedding_input(t) from public.iot_events t"
+_WITH_STANDARD_BODY = """
+create or replace function listener.embedding_input(event public.iot_events)
+returns text
+stable
+return event.severity
+"""
+
+
+def test_columns_with_the_names_of_our_aliases_are_columns_like_others(
+    new_database: NewDatabase,
+) -> None:
+    """An update of another column queues nothing, and all are embedded."""
+    columns = (
+        "id bigint primary key, e text, n text, o text, m text, q text, event text, seen_id int"
+    )
+    with new_database() as url, with_events(url, columns) as database:
+        install_in(database.conn)
+        database.rows("insert into public.iot_events values (1, 'e', 'n', 'o', 'm', 'q', 'v', 1)")
+        with serving(database):
+            database.wait_for_rest()
+
+        database.rows("update public.iot_events set seen_id = 2")
+        queued = database.value("select count(*) from listener.change")
+        database.rows("update public.iot_events set n = 'other'")
+
+        assert queued == 0
+        assert database.value("select count(*) from listener.change") == 1
+        assert database.value(_TEXT) == "e: e\nn: other\no: o\nm: m\nq: q\nevent: v"
+        database.assert_invariant()
+
+
+def test_a_table_of_more_columns_than_a_function_takes_arguments_is_embedded(
+    new_database: NewDatabase,
+) -> None:
+    """As a wide table of sensors."""
+    names = [f"sensor_{number}" for number in range(120)]
+    columns = ", ".join(["id bigint primary key", *(f"{name} text" for name in names)])
+    with new_database() as url, with_events(url, columns) as database:
+        install_in(database.conn)
+        database.rows(
+            "insert into public.iot_events (id, sensor_0, sensor_119) values (1, 'a', 'b')"
+        )
+
+        assert database.value(_TEXT) == "sensor_0: a\nsensor_119: b"
+        assert install_in(database.conn).steps == ()
+
+
+def test_a_column_that_a_text_of_the_operators_own_does_not_read_may_be_dropped(
+    database: Database,
+) -> None:
+    """What a later install remembers of columns is no matter of that text."""
+    database.rows(
+        "create or replace function listener.embedding_input(event public.iot_events) "
+        "returns text language sql stable as $$ select event.severity $$"
+    )
+    database.rows("alter table public.iot_events drop column event_type")
+    database.rows("drop trigger listener_inserted on public.iot_events")
+
+    install_in(database.conn)
+
+    database.rows(
+        "insert into public.iot_events (device_id, severity, message) values ('d', 'info', 'a')"
+    )
+    assert database.value(_TEXT) == "info"
+
+
+def test_a_text_of_the_operators_own_is_told_from_ours_in_the_standards_form_too(
+    database: Database,
+) -> None:
+    """Such a function has no source; --columns replaces it, and nothing else does."""
+    database.rows(_WITH_STANDARD_BODY)
+    database.insert("a")
+
+    kept = install_in(database.conn)
+    before = database.value(_TEXT)
+    install_in(database.conn, ["message"])
+
+    assert kept.steps == ()
+    assert any("replaced by you" in note for note in kept.notes)
+    assert before == "info"
+    assert database.value(_TEXT) == "a"
+
+
+def test_another_function_of_the_same_name_is_not_taken_for_the_text(database: Database) -> None:
+    """As one with a language."""
+    database.rows(
+        "create function listener.embedding_input(event public.iot_events, language text) "
+        "returns text language sql stable as $$ select event.message $$"
+    )
+
+    assert install_in(database.conn).steps == ()
+
+
+def test_a_trigger_of_the_users_own_is_none_of_ours_whatever_its_name(
+    new_database: NewDatabase,
+) -> None:
+    """It stays, and nothing takes it for one that must go."""
+    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
+        database.rows(
+            "create function public.audit() returns trigger language plpgsql "
+            "as $$ begin return null; end $$"
+        )
+        database.rows(
+            "create trigger listener_audit after insert on public.iot_events "
+            "execute function public.audit()"
+        )
+
+        install_in(database.conn)
+
+        assert install_in(database.conn).steps == ()
+        uninstall_in(database.conn, drop_embeddings=True)
+        assert database.rows("select tgname from pg_trigger where not tgisinternal") == [
+            ("listener_audit",)
+        ]
+
+
+def test_uninstall_leaves_a_schema_listener_of_somebody_else(
+    new_database: NewDatabase, tmp_path: Path
+) -> None:
+    """As after a wrong DATABASE_URL."""
+    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
+        database.rows("create schema listener")
+        database.rows("create table listener.orders (job text)")
+        settings = database.with_settings(reports_dir=tmp_path).settings
+
+        finished = listener(settings, "uninstall", check=False)
+
+        assert finished.returncode == 3
+        assert "is not this listener's" in finished.stderr
+        assert database.value("select to_regclass('listener.orders')") is not None
+
+
+def test_uninstall_leaves_a_table_event_embeddings_of_somebody_else(
+    new_database: NewDatabase,
+) -> None:
+    """What an install refuses to take for its own, an uninstall does not drop."""
+    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
+        database.rows("create extension vector")
+        database.rows("create table public.event_embeddings (embedding vector(768))")
+
+        with pytest.raises(SchemaError, match=r"vector\(768\)"):
+            uninstall_in(database.conn, drop_embeddings=True)
+
+        assert database.value("select to_regclass('public.event_embeddings')") is not None
+
+
+def test_uninstall_twice_is_once(database: Database) -> None:
+    """Nothing of that name is there any more, so nothing is somebody else's."""
+    uninstall_in(database.conn, drop_embeddings=True)
+    uninstall_in(database.conn, drop_embeddings=True)
+
+    assert not read_facts(database.conn).schema_exists
+
+
+def test_a_printed_migration_waits_for_no_lock_for_long_whatever_is_in_it(
+    database: Database,
+) -> None:
+    """Also one that neither makes the table of vectors nor the triggers."""
+    database.rows("update listener.applied set digest = 'older' where file = '001_schema.sql'")
+
+    printed = listener(database.owner, "install", "--print").stdout
+
+    assert "001_schema.sql" in printed
+    assert "002_event_embeddings.sql" not in printed
+    with database.session() as migration, database.session() as writer, writer.transaction():
+        writer.execute("lock table listener.change in row exclusive mode")
+        with pytest.raises(Exception, match="lock timeout"), migration.transaction():
+            migration.execute(printed.encode())
