@@ -178,5 +178,6 @@ def test_a_printed_migration_waits_for_no_lock_for_long_whatever_is_in_it(
     assert "002_event_embeddings.sql" not in printed
     with database.session() as migration, database.session() as writer, writer.transaction():
         writer.execute("lock table listener.change in row exclusive mode")
+        migration.execute("set statement_timeout = '10s'")
         with pytest.raises(Exception, match="lock timeout"), migration.transaction():
             migration.execute(printed.encode())
