@@ -206,9 +206,11 @@ def test_run_once_embeds_what_is_due_and_the_last_n_and_ends(
 
 def test_the_sweep_is_repeated_on_its_timer(database: Database) -> None:
     """What a writer left without a trigger is found by a service that sleeps."""
-    with serving(database.with_settings(sweep_seconds=0.5)):
-        (first,) = database.insert("a")
+    (first,) = database.insert("a")
+    with serving(database.with_settings(sweep_seconds=1.0)):
         wait_until(lambda: first in database.embedded())
+        # The sweep of the start is over.
+        wait_until(lambda: is_asleep(database))
         database.wait_for_rest()
 
         database.rows("delete from public.event_embeddings")
