@@ -115,6 +115,9 @@ $$;
 -- Queue the events of one page whose embedding is missing, of another text or of another model.
 -- Returns how many it looked at, how many it queued, and where the next page begins (null: the
 -- end). Run again with nothing changed, it writes nothing.
+--
+-- It takes its lock on iot_events first, as a truncate cascade of a writer does; in another order the
+-- two could end in a deadlock.
 create or replace function listener.sweep(
   p_model  text,
   p_from   text,
@@ -122,10 +125,13 @@ create or replace function listener.sweep(
   p_since  timestamptz
 )
 returns table (scanned bigint, queued bigint, next_from text)
-language sql
+language plpgsql
 volatile
 set search_path = ''
 as $$
+begin
+  perform from listener.event where false;
+  return query
   with page as materialized (
     select * from listener.page(p_from, p_limit, p_since)
   ), lacking as materialized (
@@ -142,7 +148,7 @@ as $$
         or m.model <> p_model
         or m.content_hash is distinct from p.content_hash
       )
-  ), queued as (
+  ), added as (
     insert into listener.queue (event_id, lane, due_at)
     -- Due in the past and in the order of the page, so that the newest is claimed first. In the
     -- order of the key, as a claim takes changes, so that the two can't deadlock.
@@ -154,23 +160,29 @@ as $$
   )
   select
     (select count(*) from page),
-    (select count(*) from queued),
-    (select page.next_from from page limit 1)
+    (select count(*) from added),
+    (select p.next_from from page p limit 1);
+end
 $$;
 
--- Of the newest p_last events: how many there are and how many have a current embedding.
+-- Of the newest p_last events: how many there are and how many have a current embedding. Its locks are
+-- in the same order.
 create or replace function listener.coverage(p_model text, p_last integer)
 returns table (events bigint, current bigint)
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
+begin
+  perform from listener.event where false;
+  return query
   select count(*), count(m.event_id)
   from listener.page(null, p_last, null) p
   left join listener.embedding m
     on m.event_id = p.event_id
     and m.model = p_model
-    and m.content_hash = p.content_hash
+    and m.content_hash = p.content_hash;
+end
 $$;
 
 -- Everything known about one event; `input` is null where embedding_input raises. No row: there is
@@ -260,8 +272,8 @@ begin
   return query
   select extract(epoch from m.embedded_at - e.created_at)::double precision
   from listener.page(null, p_last, null) p
-  join public.event_embeddings m on m.event_id = p.event_id
   join public.iot_events e on e.id = p.event_id
+  join public.event_embeddings m on m.event_id = e.id
   where pg_catalog.isfinite(e.created_at);
 end
 $$;

@@ -38,6 +38,38 @@ def impatient(database: Database) -> Iterator[Connection]:
 # --- what the service does -----------------------------------------------------------------------
 
 
+_WAITING = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and pid = %s"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "select * from listener.sweep('m', null, 10, null)",
+        "select * from listener.coverage('m', 10)",
+    ],
+)
+def test_a_truncate_that_waits_for_a_writer_meets_no_lock_of_ours_in_another_order(
+    database: Database, statement: str
+) -> None:
+    """It waits for iot_events, and then wants event_embeddings: so do we, else one would fail."""
+    with (
+        database.session() as writer,
+        database.session() as truncating,
+        database.service_session() as service,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        truncating.execute("set deadlock_timeout = '100ms'")
+        with writer.transaction():
+            insert(writer, "a")
+            truncated = threads.submit(truncating.execute, "truncate public.iot_events cascade")
+            wait_until(lambda: database.value(_WAITING, truncating.info.backend_pid))
+            looked = threads.submit(service.execute, statement.encode())
+            wait_until(lambda: database.value(_WAITING, service.info.backend_pid))
+
+        truncated.result(10)
+        looked.result(10)
+
+
 def test_a_writer_is_not_held_up_by_a_batch_that_is_being_encoded(database: Database) -> None:
     """Insert, update, delete and truncate of events that a worker has claimed."""
     embedder = TinyEmbedder()
