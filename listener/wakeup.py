@@ -76,9 +76,9 @@ class Wakeup:
         # From the other connection: a pooler may return a session's own NOTIFY to it.
         sent = work.execute(queries.NOTIFY, {"channel": "listener_probe", "payload": token})
         # Nothing is sent while the NOTIFY queue is half full; that proves no pooler.
+        # Another worker's may come first.
         arrived = sent.rowcount == 0 or any(
-            note.payload == token
-            for note in self._conn.notifies(timeout=_PROBE_SECONDS, stop_after=1)
+            note.payload == token for note in self._conn.notifies(timeout=_PROBE_SECONDS)
         )
         self._conn.execute(queries.UNLISTEN_PROBE)
         return arrived

@@ -218,22 +218,24 @@ def test_the_sweep_is_repeated_on_its_timer(database: Database) -> None:
         wait_until(lambda: first in database.embedded())
 
 
-@pytest.mark.parametrize("once", [False, True], ids=["service", "once"])
-def test_a_parked_event_that_is_deleted_goes_with_the_next_sweep(
-    database: Database, once: bool
-) -> None:
+def test_a_parked_event_that_is_deleted_goes_with_the_next_sweep(database: Database) -> None:
     """An operator's natural remedy leaves nothing that would still count as parked."""
-    (event_id,) = database.insert("bad")
-    database.park(event_id)
+    database.park(*database.insert("bad"))
     with serving(database.with_settings(sweep_seconds=0.5)):
         wait_until(lambda: is_asleep(database))
+        assert database.queue()
         database.rows("delete from public.iot_events")
-        if not once:
-            wait_until(lambda: database.queue() == [])
-    if once:
-        database.park(event_id)
-        with serving(database, once=True) as service:
-            service.thread.join()
+
+        wait_until(lambda: database.queue() == [])
+
+
+def test_run_once_drops_parked_events_that_were_deleted(database: Database) -> None:
+    """Where no process is kept running, it is all there is."""
+    database.park(*database.insert("bad"))
+    database.rows("delete from public.iot_events")
+
+    with serving(database, once=True) as service:
+        service.thread.join()
 
     assert database.queue() == []
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 
+from listener import queries
 from listener.database import Connection
 from listener.stop import Stop
 from listener.wakeup import Wakeup
@@ -104,6 +106,27 @@ def test_a_stop_ends_a_sleep(database: Database, after_seconds: float) -> None:
         wakeup.close()
 
 
+def test_a_worker_that_hears_another_one_prove_its_session_proves_its_own(
+    database: Database,
+) -> None:
+    """As where several are started together."""
+    with database.service_session("listener-wake") as wake, database.service_session() as work:
+        proved = wake.execute
+
+        def with_another(statement: str, *arguments: Any) -> Any:
+            found = proved(statement, *arguments)
+            if statement == queries.LISTEN_PROBE:
+                database.rows("select pg_notify('listener_probe', 'of another worker')")
+                proved("select 1")
+            return found
+
+        wake.execute = with_another  # type: ignore[method-assign,assignment]
+        wakeup = Wakeup(wake, Stop(), "gated", poll_seconds=60.0)
+
+        assert wakeup.listen(work)
+        wakeup.close()
+
+
 def test_only_the_leader_is_woken_and_a_follower_takes_over(database: Database) -> None:
     """One insert, one worker: no herd; a dead leader is succeeded."""
     with listening(database) as follower:
@@ -181,12 +204,14 @@ def test_eight_idle_workers_and_one_insert_are_no_herd(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One is woken and encodes; the others sleep on."""
-    sleep, woken = Wakeup.sleep, list[Wakeup]()
+    sleep, woken, rested = Wakeup.sleep, list[Wakeup](), set[Wakeup]()
 
     def counted(wakeup: Wakeup, seconds: float) -> bool:
         is_woken = sleep(wakeup, seconds)
         if is_woken:
             woken.append(wakeup)
+        else:
+            rested.add(wakeup)
         return is_woken
 
     monkeypatch.setattr(Wakeup, "sleep", counted)
@@ -194,8 +219,7 @@ def test_eight_idle_workers_and_one_insert_are_no_herd(
     with ExitStack() as stack:
         for embedder in embedders:
             stack.enter_context(serving(database, embedder))
-        registered = "select count(*) from listener.worker"
-        wait_until(lambda: is_asleep(database) and database.value(registered) == 8)
+        wait_until(lambda: is_asleep(database) and len(rested) == 8)
         woken.clear()
         database.insert("one")
         wait_until(lambda: database.embedded() and is_asleep(database))
