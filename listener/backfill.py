@@ -56,12 +56,17 @@ def follow(
     Of what waited at `moment`, by the database's clock: where devices never rest, something always
     does.
     """
-    first, began = queue.pending_since(moment), time.monotonic()
-    left = first
+    asked = time.monotonic()
+    left = first = queue.pending_since(moment)
+    began = time.monotonic()
+    took = began - asked
     if left:
         progress(left, 0.0)
     while left and not is_over():
-        time.sleep(seconds)
+        # Of the database's time no more than a quarter goes into being looked at.
+        time.sleep(max(seconds, 3 * took))
+        looked = time.monotonic()
         left = queue.pending_since(moment)
+        took = time.monotonic() - looked
         rate = (first - left) / (time.monotonic() - began)
         progress(left, max(rate, 0.0))

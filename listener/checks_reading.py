@@ -13,7 +13,7 @@ from listener.database import Connection, translated
 from listener.errors import ListenerError
 from listener.finding import Finding
 from listener.search import nearest
-from listener.status import read_workers
+from listener.status import other_model, read_workers
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,5 @@ def check_search(conn: Connection) -> Finding:
 def check_workers(conn: Connection, fingerprint: str | None) -> Finding:
     """Two workers with two models undo each other's work. `fingerprint` None: ours is unknown."""
     workers = read_workers(conn)
-    others = [worker for worker in workers if fingerprint not in (None, worker["model"])]
-    if not others:
-        return Finding("workers", True, f"{len(workers)} running")
-    first = others[0]
-    return Finding(
-        "workers",
-        True,
-        f"worker {first['worker']} on {first['host']} embeds with {first['model']}; set the same "
-        "EMBEDDING_MODEL, EMBEDDING_REVISION and PRECISION for all, or they undo each other's work",
-        warns=True,
-    )
+    problem = other_model(workers, fingerprint) if fingerprint else None
+    return Finding("workers", True, problem or f"{len(workers)} running", warns=problem is not None)

@@ -29,7 +29,7 @@ from listener.logs import configure_logs
 from listener.model import fetch, locate
 from listener.queue import Queue
 from listener.report import Report, require_reports_dir, write_report
-from listener.status import read_workers
+from listener.status import other_model, read_workers
 from listener.stop import Stop
 
 # On a machine that it shares with the database, writers come first: where they leave no processor
@@ -118,6 +118,8 @@ def backfill_command(
         facts = install.verify(conn)
         if moment and facts.created_at is None:
             raise SchemaError("--since needs a column created_at of a timestamp type on iot_events")
+        if problem := other_model(read_workers(conn), model):
+            raise ConfigError(problem)
         queue = Queue(conn, settings, None)
         before = queue.pending()
         queued = queue_events(queue, model, last, moment, _tell_queued)
@@ -164,8 +166,8 @@ def _drain(conn: Connection, queue: Queue, settings: Settings, *, work: bool) ->
         worker.start()
     elif not read_workers(conn) and queue.pending():
         say(
-            "no service is seen (one that only polls never is); start `listener run`, or add "
-            "--work to embed here"
+            "no service is seen (one behind a transaction pooler never is); start `listener run`, "
+            "or add --work to embed here"
         )
         return "not followed: no service is seen"
     with progress() as tell:

@@ -67,8 +67,8 @@ def convert(settings: Settings) -> Path:
             # Fills the cache of compiled kernels, which knows the model by its path.
             OpenVinoEmbedder(files, target)
     # The service may run under another account. What somebody else has made is theirs to open.
-    with suppress(OSError):
-        for compiled in (target / engine_openvino.COMPILED).glob("*"):
+    for compiled in (target / engine_openvino.COMPILED).glob("*"):
+        with suppress(OSError):
             compiled.chmod(0o644)
     return target
 

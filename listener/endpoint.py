@@ -68,9 +68,10 @@ class _Server(ThreadingMixIn, WSGIServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that says nothing, or leaves, is worth no traceback."""
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
+        if isinstance(error, OSError):
+            log(logging.DEBUG, "client_lost", cause=repr(error))
+        else:
             super().handle_error(request, client_address)
-        log(logging.DEBUG, "client_lost", cause=repr(error))
 
     def server_bind(self) -> None:
         # Without the base class's look-up of the host's name, which may take seconds.

@@ -158,7 +158,7 @@ def _compile(core: Any, directory: Path, precision: str) -> Any:
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
-        "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)),
+        "INFERENCE_NUM_THREADS": _cores(),
         # Two workers that both pin their threads to core 0 wait for each other.
         "ENABLE_CPU_PINNING": False,
         # OpenVINO keeps what it compiled for each shape, a quarter of a MiB, of the last 5,000; so
@@ -169,6 +169,12 @@ def _compile(core: Any, directory: Path, precision: str) -> Any:
     if (directory / COMPILED).is_dir():
         options["CACHE_DIR"] = str(directory / COMPILED)
     return core.compile_model(str(directory / GRAPH), "CPU", options)
+
+
+def _cores() -> int:
+    """Those that this process may use; macOS doesn't say."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def _require_precision(core: Any, precision: str) -> None:

@@ -59,6 +59,8 @@ class SentenceTransformersEmbedder:
             dimension = self._compute(["a"]).shape[1]
         except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
             raise _gpu_failed(error) from error
+        except MemoryError:
+            raise
         except Exception as error:
             # What a damaged or unknown file makes the libraries raise is any class there is.
             raise cannot_be_loaded(files, error) from error

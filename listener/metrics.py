@@ -178,13 +178,12 @@ class _Reading:
         return self._row
 
     def _refresh(self) -> None:
-        seconds = self._seconds
         try:
             self._row = self._read()
         except ListenerError as error:
-            self._row, seconds = None, _GAUGES_SECONDS
+            self._row = None
             log(logging.WARNING, "metrics_incomplete", cause=error)
-        self._next = time.monotonic() + seconds
+        self._next = time.monotonic() + self._seconds
 
 
 def _gauge(name: str, meaning: str, value: float) -> Metric:

@@ -62,9 +62,9 @@ class ModelFiles:
 
     def pickled(self) -> Path | None:
         """Weights that only a pickle holds: it may run code, and `contents` doesn't cover it."""
-        for module in self.modules():
-            found = next(module.directory.glob("pytorch_model*.bin"), None)
-            if found and not any(module.directory.glob("model*.safetensors")):
+        safe = ("model.safetensors", "model.safetensors.index.json")
+        for found in self.directory.rglob("pytorch_model*.bin"):
+            if not any((found.parent / name).exists() for name in safe):
                 return found
         return None
 

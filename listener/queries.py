@@ -49,6 +49,7 @@ NOTIFY = """
 select pg_catalog.pg_notify(%(channel)s, %(payload)s)
 where pg_catalog.pg_notification_queue_usage() < 0.5
 """
+BACKEND = "select pg_catalog.pg_backend_pid()"
 TRY_LOCK = "select pg_catalog.pg_try_advisory_lock(%(key)s)"
 UNLOCK = "select pg_catalog.pg_advisory_unlock(%(key)s)"
 
@@ -84,6 +85,8 @@ with dead as materialized (
     and q.due_at > now()
     and q.due_at < 'infinity'
     and q.worker in (select d.worker from dead d)
+    -- Else all that is leased would be read at each beat.
+    and exists (select from dead)
 ), held as materialized (
   select q.event_id
   from listener.queue q

@@ -86,17 +86,16 @@ class Queue:
         self._worker = worker
         self._position = _FIRST_PLACE
         self._next_look_back = time.monotonic() + _LOOK_BACK_SECONDS
-        self._took_changes = False
+        self._retries_are_next = False
 
     def claim(self, events: int) -> Claim | None:
         """Lease at most this many of the events that are due: new changes, retries, backfill.
 
         None if nothing is due.
         """
-        # Where changes never cease, retries have every other turn.
-        due = self._claim_due(events, backfill_events=0) if self._took_changes else None
-        if due is not None:
-            self._took_changes = False
+        # Where changes never cease, retries have a turn now and then, and in a flood every other.
+        if self._retries_are_next and (due := self._claim_due(events, backfill_events=0)):
+            self._retries_are_next = False
             return due
         return self.claim_changes(events) or self._claim_due(events, backfill_events=events)
 
@@ -104,19 +103,22 @@ class Queue:
         """Changes since the last time, from where that ended; None if there are none at all."""
         seconds = self._settings.lease_seconds
         parameters = {"events": events, "lease_seconds": seconds, "worker": self._worker}
-        if time.monotonic() >= self._next_look_back:
+        began = time.monotonic()
+        if looks_back := began >= self._next_look_back:
             self._position = _FIRST_PLACE
-            self._next_look_back = time.monotonic() + _LOOK_BACK_SECONDS
         rows = self._execute(queries.TAKE, position=self._position, **parameters)
+        if looks_back:
+            # Behind much that is emptied and not yet vacuumed it takes its time.
+            took = time.monotonic() - began
+            self._next_look_back = began + max(_LOOK_BACK_SECONDS, 20 * took)
         if not rows and self._position != _FIRST_PLACE:
             rows = self._execute(queries.TAKE, position=_FIRST_PLACE, **parameters)
         if not rows:
-            self._position, self._took_changes = _FIRST_PLACE, False
+            self._position, self._retries_are_next = _FIRST_PLACE, False
             return None
         _, lease, self._position, changes = rows[0]
-        self._took_changes = True
-        event_ids = [event_id for event_id, *_ in rows]
-        return Claim(lease, event_ids, is_full=changes >= events, is_new=True)
+        self._retries_are_next = looks_back or changes >= events
+        return Claim(lease, [row[0] for row in rows], is_full=changes >= events, is_new=True)
 
     def _claim_due(self, events: int, backfill_events: int) -> Claim | None:
         rows = self._execute(
@@ -270,8 +272,7 @@ class Queue:
 
     def retry(self, event_ids: Sequence[str] | None) -> list[EventId]:
         """Parked events, these or all, back to the queue with their attempts forgotten."""
-        wanted = None if event_ids is None else list(event_ids)
-        rows = self._execute(queries.RETRY, event_ids=wanted)
+        rows = self._execute(queries.RETRY, event_ids=event_ids and list(event_ids))
         if rows:
             self.notify()
         return [event_id for (event_id,) in rows]

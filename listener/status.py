@@ -52,9 +52,21 @@ def read_backlog(conn: Connection) -> Backlog:
 
 
 def read_workers(conn: Connection) -> list[dict[str, Any]]:
-    """The workers that live. One behind a transaction pooler, or that only polls, is not seen."""
+    """The workers that live. One behind a transaction pooler is not seen."""
     with translated(), conn.cursor(row_factory=dict_row) as cursor:
         return cursor.execute(queries.WORKERS).fetchall()
+
+
+def other_model(workers: list[dict[str, Any]], fingerprint: str) -> str | None:
+    """What to say of the first worker that embeds with another model; None if none does."""
+    for worker in workers:
+        if worker["model"] != fingerprint:
+            return (
+                f"worker {worker['worker']} on {worker['host']} embeds with {worker['model']}; set "
+                "the same EMBEDDING_MODEL, EMBEDDING_REVISION and PRECISION for all, or they undo "
+                "each other's work"
+            )
+    return None
 
 
 def _scope(conn: Connection, settings: Settings) -> dict[str, Any]:

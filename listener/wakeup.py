@@ -15,6 +15,7 @@ import random
 import secrets
 import selectors
 import time
+from contextlib import closing
 
 from listener import queries
 from listener.database import Connection, translated
@@ -53,19 +54,20 @@ class Wakeup:
         """LISTEN as a follower, and prove with a NOTIFY from `work` that notifications arrive.
 
         Returns False on a transaction pooler, where neither LISTEN nor session locks hold; then
-        the worker polls. With the mode `never` it does so too, but in a session of its own.
+        the worker polls. With the mode `never` it does so too, and tells a session by its number.
         """
         with translated():
+            if self._mode == "never":
+                return self._is_direct(work)
             self._conn.execute(queries.LISTEN_HELP)
             if not self._probe(work):
-                if self._mode != "never":
-                    log(
-                        logging.WARNING,
-                        "notify_does_not_arrive",
-                        poll_seconds=self._poll_seconds,
-                        remedy="connect directly or to a session pooler",
-                    )
                 self._mode = "never"
+                log(
+                    logging.WARNING,
+                    "notify_does_not_arrive",
+                    poll_seconds=self._poll_seconds,
+                    remedy="connect directly or to a session pooler",
+                )
                 return False
         self._selector.register(self._conn.fileno(), selectors.EVENT_READ)
         return True
@@ -75,13 +77,22 @@ class Wakeup:
         self._conn.execute(queries.LISTEN_PROBE)
         # From the other connection: a pooler may return a session's own NOTIFY to it.
         sent = work.execute(queries.NOTIFY, {"channel": "listener_probe", "payload": token})
-        # Nothing is sent while the NOTIFY queue is half full; that proves no pooler.
-        # Another worker's may come first.
-        arrived = sent.rowcount == 0 or any(
-            note.payload == token for note in self._conn.notifies(timeout=_PROBE_SECONDS)
-        )
+        if sent.rowcount == 0:
+            # The NOTIFY queue is half full.
+            arrived = self._is_direct(work)
+        else:
+            # Another worker's may come first. Closed, or it would keep the connection to itself.
+            with closing(self._conn.notifies(timeout=_PROBE_SECONDS)) as notes:
+                arrived = any(note.payload == token for note in notes)
         self._conn.execute(queries.UNLISTEN_PROBE)
         return arrived
+
+    def _is_direct(self, work: Connection) -> bool:
+        """Whether no pooler is between: each gives its clients numbers of its own."""
+        return all(
+            conn.execute(queries.BACKEND).fetchone() == (conn.info.backend_pid,)
+            for conn in (self._conn, work)
+        )
 
     def prepare_sleep(self) -> float:
         """Close the gate if that is possible now. Returns how long to sleep, in seconds.

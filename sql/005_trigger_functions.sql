@@ -31,6 +31,9 @@ $$;
 
 -- Records only what now reads differently. If embedding_input fails on a row, the whole statement's
 -- rows are recorded: the worker finds the culprit and parks it; the writer is never refused.
+--
+-- A full join, because the plan is made once a session, for as many rows as its first update has: made
+-- for one row, a left join would compare each of a later 10,000 with each. The case keeps it full.
 create or replace function listener.queue_updated()
 returns trigger
 language plpgsql
@@ -44,9 +47,12 @@ begin
     v_changed := array(
       select n.id
       from new_events n
-      left join old_events o on o.id = n.id
-      where o.id is null
-        or listener.embedding_input(n.*) is distinct from listener.embedding_input(o.*)
+      full join old_events o on o.id = n.id
+      where case
+        when n.id is null then false
+        when o.id is null then true
+        else listener.embedding_input(n.*) is distinct from listener.embedding_input(o.*)
+      end
     );
   exception when others or assert_failure then
     v_changed := array(select n.id from new_events n);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import random
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -344,7 +346,11 @@ def environment(settings: Settings, **variables: str) -> dict[str, str]:
     ours = {spec.name.upper() for spec in fields(Settings)}
     return {
         # Nothing that somebody has set for a service of their own.
-        **{name: value for name, value in os.environ.items() if name not in ours},
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if name not in ours and not name.startswith("HF_")
+        },
         # Started elsewhere, where no .env lies, it finds the tests' modules all the same.
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "DATABASE_URL": settings.database_url,
@@ -354,6 +360,14 @@ def environment(settings: Settings, **variables: str) -> dict[str, str]:
         "REPORTS_DIR": str(settings.reports_dir),
         **variables,
     }
+
+
+@cache
+def _empty_folder() -> str:
+    """Where no .env and no module of somebody's lies."""
+    folder = tempfile.mkdtemp(prefix="listener-")
+    atexit.register(os.rmdir, folder)
+    return folder
 
 
 def listener(
@@ -367,7 +381,7 @@ def listener(
     return subprocess.run(
         [sys.executable, "-m", "listener", *arguments],
         env=environment(settings, **variables),
-        cwd=cwd or tempfile.gettempdir(),
+        cwd=cwd or _empty_folder(),
         capture_output=True,
         text=True,
         check=check,

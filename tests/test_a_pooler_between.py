@@ -53,6 +53,20 @@ def test_behind_a_transaction_pooler_nothing_is_prepared(
                 assert other.execute(prepared).fetchone() == (0,)
 
 
+def test_without_notify_the_service_does_not_listen_through_a_transaction_pooler(
+    behind_pooler: Database,
+) -> None:
+    """It would be one of the shared sessions that listened, for good."""
+    with serving(behind_pooler.with_settings(notify="never")):
+        behind_pooler.insert("a")
+        wait_until(behind_pooler.embedded)
+
+        assert behind_pooler.value("select count(*) from listener.worker") == 0
+        with behind_pooler.service_session() as other:
+            for _ in range(20):
+                assert other.execute("select pg_listening_channels()").fetchall() == []
+
+
 def test_behind_a_pooler_no_session_setting_reaches_the_other_clients(
     behind_pooler: Database,
 ) -> None:

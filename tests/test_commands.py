@@ -16,6 +16,7 @@ import pytest
 
 from listener.config import MOST_EVENTS, Settings
 from listener.errors import ConfigError
+from listener.model import locate
 from listener.report import Report, require_reports_dir, write_report
 from tests.harness import (
     Command,
@@ -191,7 +192,7 @@ def test_backfill_does_not_wait_for_what_came_after_it(
 ) -> None:
     """Where devices never rest, something always waits."""
     static.insert("a", "b")
-    embedder = TinyEmbedder()
+    embedder = TinyEmbedder(fingerprint=locate(static.settings).fingerprint)
     embedder.may_run.clear()
     with serving(static.with_settings(retry_seconds=3600.0), embedder):
         wait_until(lambda: static.value("select count(*) from listener.worker"))
@@ -204,6 +205,19 @@ def test_backfill_does_not_wait_for_what_came_after_it(
         wait_until(lambda: backfill.process.poll() is not None)
     assert backfill.process.returncode == 0
     assert "1 pending; report in" in backfill.output()
+
+
+def test_backfill_with_another_model_than_the_service_has_is_refused(static: Database) -> None:
+    """It would queue all that is embedded, as in a shell without the settings of the unit."""
+    static.insert("a")
+    with serving(static):
+        static.wait_for_rest()
+
+        finished = listener(static.settings, "backfill", "--all", check=False)
+
+    assert finished.returncode == 2
+    assert "embeds with tests/tiny@1/fp32; set the same EMBEDDING_MODEL" in finished.stderr
+    assert static.queue() == []
 
 
 def test_backfill_of_all_removes_embeddings_of_events_that_are_gone(static: Database) -> None:

@@ -404,6 +404,25 @@ def test_the_owner_may_alter_the_table_as_before(database: Database, statement: 
         wait_until(database.embedded)
 
 
+def test_after_created_at_was_dropped_an_install_brings_the_order_of_the_sweep_back(
+    database: Database,
+) -> None:
+    """The service says so and ends; nothing of the text is concerned, and no writer."""
+    database.rows("alter table public.iot_events drop column created_at")
+    database.insert("a")
+
+    with (
+        pytest.raises(SchemaError, match=r"created_at does not exist\); run `listener install`"),
+        serving(database, once=True) as service,
+    ):
+        service.thread.join()
+    install_in(database.conn)
+    with serving(database, once=True) as service:
+        service.thread.join()
+
+    database.assert_invariant()
+
+
 @contextmanager
 def plain_owner(server: Server) -> Iterator[tuple[Database, Connection]]:
     """A table whose owner may create no role, on a server without ours; and an administrator."""

@@ -218,7 +218,16 @@ def test_a_bug_ends_with_exit_1_and_a_traceback_without_the_password(
 
 
 @pytest.mark.parametrize("is_set", [True, False], ids=["set", "not set"])
-@pytest.mark.parametrize("shape", ["postgresql://u:{}@h/db", "host=h password={}"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "postgresql://u:{}@h/db",
+        "postgresql://u:x/{}@h/db",
+        "host=h password={}",
+        "host=h password = {}",
+        "host=h password='x {}'",
+    ],
+)
 def test_a_connection_string_that_is_no_argument_is_quoted_without_its_password(
     tmp_path: Path, shape: str, is_set: bool
 ) -> None:

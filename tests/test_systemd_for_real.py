@@ -350,7 +350,8 @@ def test_a_password_may_come_as_a_credential(
         with pytest.raises(psycopg.OperationalError, match="no password"):
             psycopg.connect(url)
         (dropin,) = [block for block in blocks_of_the_readme("ini") if "LoadCredential" in block]
-        unit.machine.write("/etc/iot-event-listener/pgpass", f"*:*:*:*:{_PASSWORD}\n")
+        service = f"[listener]\npassword={_PASSWORD}\n"
+        unit.machine.write("/etc/iot-event-listener/pg_service.conf", service)
         unit.configure(DATABASE_URL=url)
 
         with unit.with_drop_in(dropin):

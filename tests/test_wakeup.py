@@ -102,8 +102,9 @@ def test_a_stop_ends_a_sleep(database: Database, after_seconds: float) -> None:
             timer.join()
 
         assert not wakeup.sleep(60.0)
-        assert not timer.is_alive()
+        assert stop.is_set()
         wakeup.close()
+        timer.join()
 
 
 def test_a_worker_that_hears_another_one_prove_its_session_proves_its_own(

@@ -38,6 +38,20 @@ def impatient(database: Database) -> Iterator[Connection]:
 # --- what the service does -----------------------------------------------------------------------
 
 
+def test_a_large_update_after_a_small_one_takes_no_time_for_each_pair_of_rows(
+    database: Database,
+) -> None:
+    """The trigger's plan is made once a session, for as many rows as the first update has."""
+    database.insert(*map(str, range(20_000)))
+    with database.session() as writer:
+        writer.execute("update public.iot_events set device_id = 'other' where id = 1")
+        # Pair by pair it takes half a minute.
+        writer.execute("set statement_timeout = '10s'")
+        writer.execute("update public.iot_events set message = message || '.'")
+
+    assert database.value("select count(*) from listener.change") == 40_000
+
+
 _WAITING = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and pid = %s"
 
 
