@@ -64,7 +64,9 @@ def follow(
         progress(left, 0.0)
     while left and not is_over():
         # Of the database's time no more than a quarter goes into being looked at.
-        time.sleep(max(seconds, 3 * took))
+        again = time.monotonic() + max(seconds, 3 * took)
+        while time.monotonic() < again and not is_over():
+            time.sleep(seconds)
         looked = time.monotonic()
         left = queue.pending_since(moment)
         took = time.monotonic() - looked

@@ -100,12 +100,7 @@ select
     -- From the one who reads them for the service: the owner of the views, or who will be.
     select min(f.relname::text)
     from in_public f
-    where f.relrowsecurity and f.relforcerowsecurity
-    -- Who has a policy that lets vectors be stored knows what they do.
-    and not exists (
-      select from pg_catalog.pg_policy y
-      where y.polrelid = f.oid and f.relname = 'event_embeddings' and y.polcmd in ('*', 'a')
-    ) and (
+    where f.relrowsecurity and f.relforcerowsecurity and (
       select not (v.rolsuper or v.rolbypassrls)
       from pg_catalog.pg_roles v
       where v.oid = coalesce(

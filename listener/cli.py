@@ -19,9 +19,7 @@ from listener.errors import ConfigError, ListenerError
 # dates that the driver reads.
 _SESSION = {"PGCLIENTENCODING": "UTF8", "PGDATESTYLE": "ISO"}
 # In a connection string that was given as an argument, which a usage error quotes.
-_PASSWORD = re.compile(
-    r"(?<=://)([^/?@\s:]*:)\S+(?=@)|(password\s*=\s*)(?:'(?:[^'\\]|\\.)*'|[^&\s]+)"
-)
+_PASSWORD = re.compile(r"(?<=://)([^/?@\s:]*:)\S+(?=@)|(password\s*=\s*)(?:'(?:[^'\\]|\\.)*'|\S+)")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -166,7 +166,7 @@ def _drain(conn: Connection, queue: Queue, settings: Settings, *, work: bool) ->
         worker.start()
     elif not read_workers(conn) and queue.pending():
         say(
-            "no service is seen (one behind a transaction pooler never is); start `listener run`, "
+            "no service is seen (one behind a pooler may not be); start `listener run`, "
             "or add --work to embed here"
         )
         return "not followed: no service is seen"

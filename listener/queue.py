@@ -109,8 +109,8 @@ class Queue:
         rows = self._execute(queries.TAKE, position=self._position, **parameters)
         if looks_back:
             # Behind much that is emptied and not yet vacuumed it takes its time.
-            took = time.monotonic() - began
-            self._next_look_back = began + max(_LOOK_BACK_SECONDS, 20 * took)
+            took, poll = time.monotonic() - began, self._settings.poll_seconds
+            self._next_look_back = began + min(max(_LOOK_BACK_SECONDS, 20 * took), poll)
         if not rows and self._position != _FIRST_PLACE:
             rows = self._execute(queries.TAKE, position=_FIRST_PLACE, **parameters)
         if not rows:

@@ -52,7 +52,7 @@ def read_backlog(conn: Connection) -> Backlog:
 
 
 def read_workers(conn: Connection) -> list[dict[str, Any]]:
-    """The workers that live. One behind a transaction pooler is not seen."""
+    """The workers that live. One behind a pooler may not be seen."""
     with translated(), conn.cursor(row_factory=dict_row) as cursor:
         return cursor.execute(queries.WORKERS).fetchall()
 

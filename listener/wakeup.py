@@ -57,10 +57,10 @@ class Wakeup:
         the worker polls. With the mode `never` it does so too, and tells a session by its number.
         """
         with translated():
-            if self._mode == "never":
-                return self._is_direct(work)
+            if self._mode == "never" and not self._is_direct(work):
+                return False
             self._conn.execute(queries.LISTEN_HELP)
-            if not self._probe(work):
+            if self._mode != "never" and not self._probe(work):
                 self._mode = "never"
                 log(
                     logging.WARNING,

@@ -84,29 +84,22 @@ begin
     return;
   end if;
   begin
-    -- Looked at before it is locked: for as long as a backlog lasts there is nothing to do.
-    if (select count(*) from (select from listener.queue limit v_most + 1) f) <= v_most then
-      lock table listener.queue in access exclusive mode nowait;
-      v_queue := array(select q from listener.queue q limit v_most + 1);
-      if pg_catalog.cardinality(v_queue) <= v_most then
-        truncate listener.queue;
-        insert into listener.queue select * from pg_catalog.unnest(v_queue);
-      end if;
+    lock table listener.queue in access exclusive mode nowait;
+    v_queue := array(select q from listener.queue q limit v_most + 1);
+    if pg_catalog.cardinality(v_queue) <= v_most then
+      truncate listener.queue;
+      insert into listener.queue select * from pg_catalog.unnest(v_queue);
     end if;
   exception when lock_not_available then
     null;
   end;
   -- Last, because this one keeps writers out.
   begin
-    if pg_catalog.pg_relation_size('listener.change'::pg_catalog.regclass) > 0
-      and (select count(*) from (select from listener.change limit v_most + 1) f) <= v_most
-    then
-      lock table listener.change in access exclusive mode nowait;
-      v_changes := array(select c from listener.change c limit v_most + 1);
-      if pg_catalog.cardinality(v_changes) <= v_most then
-        truncate listener.change;
-        insert into listener.change select * from pg_catalog.unnest(v_changes);
-      end if;
+    lock table listener.change in access exclusive mode nowait;
+    v_changes := array(select c from listener.change c limit v_most + 1);
+    if pg_catalog.cardinality(v_changes) <= v_most then
+      truncate listener.change;
+      insert into listener.change select * from pg_catalog.unnest(v_changes);
     end if;
   exception when lock_not_available then
     null;

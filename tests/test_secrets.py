@@ -225,6 +225,7 @@ def test_a_bug_ends_with_exit_1_and_a_traceback_without_the_password(
         "postgresql://u:x/{}@h/db",
         "host=h password={}",
         "host=h password = {}",
+        "host=h password=x&{}",
         "host=h password='x {}'",
     ],
 )
