@@ -110,7 +110,7 @@ class Queue:
         if looks_back:
             # Behind much that is emptied and not yet vacuumed it takes its time.
             took, poll = time.monotonic() - began, self._settings.poll_seconds
-            self._next_look_back = began + min(max(_LOOK_BACK_SECONDS, 20 * took), poll)
+            self._next_look_back = began + min(max(_LOOK_BACK_SECONDS, 200 * took), poll)
         if not rows and self._position != _FIRST_PLACE:
             rows = self._execute(queries.TAKE, position=_FIRST_PLACE, **parameters)
         if not rows:
