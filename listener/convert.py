@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from listener import engine_openvino
+from listener.alone import alone
 from listener.config import Settings
 from listener.engine_openvino import OpenVinoEmbedder, converted_directory, load_openvino
 from listener.engine_torch import SentenceTransformersEmbedder
@@ -61,7 +61,8 @@ def convert(settings: Settings) -> Path:
     _require_convertible(files)
     original = SentenceTransformersEmbedder(files)
     target = converted_directory(files, settings)
-    with _alone(target.parent):
+    # Or one conversion would take another's files away.
+    with alone(target.parent, partial(_not_writable, target.parent), waits=True):
         if not _is_exact(original, files, target):
             _replace(target, original, files)
             # Fills the cache of compiled kernels, which knows the model by its path.
@@ -71,22 +72,6 @@ def convert(settings: Settings) -> Path:
         with suppress(OSError):
             compiled.chmod(0o644)
     return target
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One conversion at a time, or one would take another's files away."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise _not_writable(folder, error) from error
-    try:
-        # Released by the end of the process, too.
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _not_writable(folder: Path, error: OSError) -> ConfigError:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import random
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from listener import embedded, install
+from listener.alone import alone
 from listener.catalogue import read_facts
 from listener.config import Settings
 from listener.database import Connection, connect, translated
@@ -68,7 +65,8 @@ def run_demo(settings: Settings, events: int | None, stop: Stop, console: Consol
     """Feed, embed and search until stopped, or until `events` have been seen."""
     settings = replace(settings, embedding_model=str(_packaged_model()))
     console.print("Starting an embedded Postgres and loading the model …")
-    with _alone(settings.demo_dir.absolute()) as home:
+    home = settings.demo_dir.absolute()
+    with alone(home, partial(_refused, home), waits=False):
         server = embedded.Server.prepared(home / "postgres", embedded.binaries())
         server.start()
         settings = replace(settings, database_url=server.url())
@@ -84,24 +82,13 @@ def run_demo(settings: Settings, events: int | None, stop: Stop, console: Consol
             console.print("Stopped; started again, the demo goes on from here.")
 
 
-@contextmanager
-def _alone(home: Path) -> Iterator[Path]:
-    """One demo at a time: the first to end would stop the server of both."""
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(home, os.O_RDONLY)
-    except OSError as error:
-        raise ConfigError(
-            f"DEMO_DIR {home} can't be written ({error.strerror}); name another directory"
-        ) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"a demo runs in DEMO_DIR {home} already; end it first") from None
-        yield home
-    finally:
-        os.close(descriptor)
+def _refused(home: Path, error: OSError) -> ConfigError:
+    if isinstance(error, BlockingIOError):
+        # The first to end would stop the server of both.
+        return ConfigError(f"a demo runs in DEMO_DIR {home} already; end it first")
+    return ConfigError(
+        f"DEMO_DIR {home} can't be written ({error.strerror}); name another directory"
+    )
 
 
 def _packaged_model() -> Path:

@@ -131,20 +131,28 @@ def test_a_failing_install_leaves_nothing_behind(new_database: NewDatabase) -> N
         assert database.value("select to_regclass('public.event_embeddings')") is None
 
 
+@pytest.mark.parametrize(
+    ("command", "table", "says"),
+    [
+        ("install", "listener.queue", 'refused it (column "lane"'),
+        ("uninstall", "listener.orders", "is not this listener's"),
+    ],
+)
 def test_a_schema_listener_of_somebody_else_is_one_clear_line(
-    new_database: NewDatabase, tmp_path: Path
+    new_database: NewDatabase, tmp_path: Path, command: str, table: str, says: str
 ) -> None:
-    """Exit 3, and what is theirs stays."""
+    """Exit 3, and what is theirs stays; as after a wrong DATABASE_URL."""
     with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
         database.rows("create schema listener")
-        database.rows("create table listener.queue (job text)")
+        database.rows(f"create table {table} (job text)")
         settings = database.with_settings(reports_dir=tmp_path).settings
 
-        finished = listener(settings, "install", check=False)
+        finished = listener(settings, command, check=False)
 
         assert finished.returncode == 3
-        assert 'refused it (column "lane"' in finished.stderr
+        assert says in finished.stderr
         assert "Traceback" not in finished.stderr
+        assert database.value("select to_regclass(%s)", table) is not None
         assert database.value("select to_regclass('public.event_embeddings')") is None
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from listener.catalogue import read_facts
@@ -126,22 +124,6 @@ def test_a_trigger_of_the_users_own_is_none_of_ours_whatever_its_name(
         assert database.rows("select tgname from pg_trigger where not tgisinternal") == [
             ("listener_audit",)
         ]
-
-
-def test_uninstall_leaves_a_schema_listener_of_somebody_else(
-    new_database: NewDatabase, tmp_path: Path
-) -> None:
-    """As after a wrong DATABASE_URL."""
-    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
-        database.rows("create schema listener")
-        database.rows("create table listener.orders (job text)")
-        settings = database.with_settings(reports_dir=tmp_path).settings
-
-        finished = listener(settings, "uninstall", check=False)
-
-        assert finished.returncode == 3
-        assert "is not this listener's" in finished.stderr
-        assert database.value("select to_regclass('listener.orders')") is not None
 
 
 def test_uninstall_leaves_a_table_event_embeddings_of_somebody_else(
