@@ -132,7 +132,7 @@ def test_a_lost_reply_to_the_claim_costs_no_event(server: Server, database: Data
     """The service doesn't know that it holds a lease; its former session's death frees it."""
     with served_through(server, database) as proxy:
         # A beat on this connection: the last look at the queue is over.
-        wait_until(lambda: is_asleep(database) and "dead as" in last_statement(database))
+        wait_until(lambda: is_asleep(database) and has_beaten(database))
         cut = swallow_first_reply(proxy, b"with taken as")
         database.insert("claimed by nobody")
         wait_until(lambda: cut and database.embedded())
@@ -141,12 +141,12 @@ def test_a_lost_reply_to_the_claim_costs_no_event(server: Server, database: Data
         assert database.value("select last_value from listener.lease_token") == 2
 
 
-def last_statement(database: Database) -> str:
-    """What the service did last on the connection that claims."""
-    return str(
-        database.value(
-            "select query from pg_stat_activity where datname = current_database() "
-            "and application_name = 'listener-work' and state = 'idle'"
+def has_beaten(database: Database) -> bool:
+    """A beat was the last that ran on the connection that claims, and it has ended."""
+    return bool(
+        database.rows(
+            "select from pg_stat_activity where datname = current_database() "
+            "and application_name = 'listener-work' and state = 'idle' and query like '%dead as%'"
         )
     )
 
