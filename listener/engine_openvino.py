@@ -18,6 +18,7 @@ from listener import passes
 from listener.config import DIMENSION, Settings
 from listener.counters import counters
 from listener.errors import ConfigError
+from listener.helper_threads import HelperThreads
 from listener.model import ModelFiles
 
 # Raised when converted models of before can't be used any more.
@@ -28,6 +29,10 @@ COMPILED = "compiled"
 # Least cosine with the vectors of torch. What bf16 gives is another fingerprint, not another text.
 EXACT = 0.9999
 _LEAST_COSINE = {"fp32": EXACT, "bf16": 0.99}
+# OpenVINO keeps what it compiled for each shape, a quarter of a MiB, of the last 5,000; so many are
+# met within days. These are enough for the lengths that come all the time.
+_SHAPES = 256
+_SHORT_TEXT = "pump 7 reports a temperature of 71 degrees"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -45,6 +50,8 @@ def load_openvino() -> Any:
     for unwanted in ("openvino_telemetry", "openvino.tools.ovc"):
         # None is how Python is told that a module is not there.
         sys.modules.setdefault(unwanted, None)  # type: ignore[arg-type]
+    # Of the library beneath, which reads it at its first use.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_SHAPES))
     import openvino
 
     return openvino
@@ -104,6 +111,7 @@ class OpenVinoEmbedder:
             if self.max_tokens is not None:
                 self._tokenizer.enable_truncation(self.max_tokens)
             self._request = _compile(core, directory, files.precision).create_infer_request()
+            self._helpers = HelperThreads(lambda: self._compute([_SHORT_TEXT]))
             self._require_known_vectors(manifest, _LEAST_COSINE[files.precision])
         except Exception as error:
             # Both libraries raise bare RuntimeError and Exception.
@@ -129,6 +137,10 @@ class OpenVinoEmbedder:
         """Shape (len(texts), 384), rows of unit length, in the order of the texts."""
         if not texts:
             return np.zeros((0, DIMENSION), np.float32)
+        self._helpers.place_for(texts)
+        return self._compute(texts)
+
+    def _compute(self, texts: Sequence[str]) -> NDArray[np.float32]:
         found = self._tokenizer.encode_batch_fast(list(texts))
         ids = [one.ids for one in found]
         lengths = np.array([len(one) for one in ids])
@@ -161,9 +173,7 @@ def _compile(core: Any, directory: Path, precision: str) -> Any:
         "INFERENCE_NUM_THREADS": _cores(),
         # Two workers that both pin their threads to core 0 wait for each other.
         "ENABLE_CPU_PINNING": False,
-        # OpenVINO keeps what it compiled for each shape, a quarter of a MiB, of the last 5,000; so
-        # many shapes are met within days. These are enough for the lengths that come all the time.
-        "CPU_RUNTIME_CACHE_CAPACITY": 256,
+        "CPU_RUNTIME_CACHE_CAPACITY": _SHAPES,
     }
     # What compiling gives, kept. `listener model convert` makes it; OpenVINO fails where it can't.
     if (directory / COMPILED).is_dir():

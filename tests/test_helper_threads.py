@@ -1,0 +1,123 @@
+"""Helper threads: who helps is found out, and a short text alone has them off the caller's core."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import get_native_id
+
+import pytest
+
+from listener.config import Settings
+from listener.embedder import load_embedder
+from listener.helper_threads import HelperThreads
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or os.cpu_count() == 1, reason="only Linux says who runs where"
+)
+
+SHORT, LONG = "pump hot", "pump hot " * 40
+
+
+def burn() -> None:
+    """A few milliseconds of processor time."""
+    end = time.thread_time() + 0.005
+    while time.thread_time() < end:
+        pass
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """One thread that computes when asked to."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pool.submit(burn).result()
+        yield pool
+
+
+@pytest.fixture
+def helper(pool: ThreadPoolExecutor) -> int:
+    """The number by which the kernel knows the pool's thread."""
+    return pool.submit(get_native_id).result()
+
+
+@pytest.fixture
+def threads(pool: ThreadPoolExecutor) -> HelperThreads:
+    """Those of a computation that the pool's thread has half of."""
+
+    def compute() -> None:
+        half = pool.submit(burn)
+        burn()
+        half.result()
+
+    return HelperThreads(compute)
+
+
+def test_a_short_text_alone_has_each_helper_on_one_core(
+    threads: HelperThreads, helper: int
+) -> None:
+    """The thread that calls keeps its choice, and so does one that has nothing to do with it."""
+    everywhere = os.sched_getaffinity(0)
+    with ThreadPoolExecutor(max_workers=1) as bystander:
+        other = bystander.submit(get_native_id).result()
+
+        threads.place_for([SHORT])
+
+        assert len(os.sched_getaffinity(helper)) == 1
+        assert os.sched_getaffinity(helper) < everywhere
+        assert os.sched_getaffinity(other) == os.sched_getaffinity(0) == everywhere
+
+
+@pytest.mark.parametrize("texts", [[SHORT, SHORT], [LONG]], ids=["two texts", "a long one"])
+def test_whatever_takes_longer_leaves_the_helpers_to_the_kernel(
+    threads: HelperThreads, helper: int, texts: list[str]
+) -> None:
+    """Also after a short one, because a busy core would hold up a whole batch."""
+    threads.place_for([SHORT])
+
+    threads.place_for(texts)
+
+    assert os.sched_getaffinity(helper) == os.sched_getaffinity(0)
+
+
+def test_the_helper_is_not_where_the_caller_is(threads: HelperThreads, helper: int) -> None:
+    """Wherever the caller runs at the moment."""
+    everywhere = os.sched_getaffinity(0)
+    placed = set()
+    try:
+        for core in sorted(everywhere)[:2]:
+            # Moves it there; from then on it may go anywhere again, and mostly stays.
+            os.sched_setaffinity(0, {core})
+            os.sched_setaffinity(0, everywhere)
+            threads.place_for([SHORT])
+            placed |= os.sched_getaffinity(helper)
+    finally:
+        os.sched_setaffinity(0, everywhere)
+
+    assert len(placed) == 2
+
+
+def test_a_helper_that_has_ended_is_left_alone(
+    threads: HelperThreads, pool: ThreadPoolExecutor
+) -> None:
+    """Its number may be another process's by then."""
+    pool.shutdown()
+
+    threads.place_for([SHORT])
+    threads.place_for([SHORT, SHORT])
+
+
+def test_openvino_is_helped(converted: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is loaded moves a thread when it encodes a short text, and none for a batch."""
+    embedder = load_embedder(replace(converted, engine="openvino"))
+    moved = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: moved.append(cores))
+
+    embedder.encode([SHORT, LONG])
+    assert moved == []
+    embedder.encode([SHORT])
+
+    assert [len(cores) for cores in moved] == [1] * (len(os.sched_getaffinity(0)) - 1)
