@@ -144,8 +144,8 @@ def test_a_lost_reply_to_the_claim_costs_no_event(server: Server, database: Data
 def has_beaten(database: Database) -> bool:
     """A beat was the last that ran on the connection that claims, and it has ended."""
     return bool(
-        database.rows(
-            "select from pg_stat_activity where datname = current_database() "
+        database.value(
+            "select count(*) from pg_stat_activity where datname = current_database() "
             "and application_name = 'listener-work' and state = 'idle' and query like '%dead as%'"
         )
     )
