@@ -458,7 +458,7 @@ def test_without_any_role_of_ours_the_owner_installs_upgrades_and_serves(
 
         assert embeds(database, 2)
         assert install_in(database.conn).steps == ()
-        assert database.rows("select from pg_roles where rolname like 'listener%%'") == []
+        assert database.rows("select rolname from pg_roles where rolname like 'listener%'") == []
     for plan in (first, upgrade):
         assert [note.split("role listener_")[1].split()[0] for note in plan.notes] == [
             "owner",
