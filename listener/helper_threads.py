@@ -30,6 +30,8 @@ class HelperThreads:
         """Find who helps with `compute`: a short text, on the thread that will go on to compute."""
         self._are_spread = False
         self._helpers: list[int] = []
+        # The first takes longer, and the caller alone.
+        compute()
         with suppress(OSError):
             before = _run_times()
             for _ in range(_TRIES):

@@ -385,5 +385,5 @@ def listener(
         capture_output=True,
         text=True,
         check=check,
-        timeout=120,
+        timeout=300,
     )

@@ -83,7 +83,7 @@ def test_run_yields_to_the_writers_unless_it_was_given_a_priority(
     command = ["nice", f"-n{given}", sys.executable, "-m", "listener", "run"]
     process = subprocess.Popen(command, env=environment(static.settings))
     try:
-        wait_until(lambda: static.value("select count(*) from listener.worker"))
+        wait_until(lambda: static.value("select count(*) from listener.worker"), 60)
 
         assert os.getpriority(os.PRIO_PROCESS, process.pid) == kept
     finally:

@@ -42,7 +42,7 @@ def test_conversions_at_once_all_leave_the_model(
 
     conversions = [spawn(settings, "model", "convert") for _ in range(4)]
 
-    assert [one.process.wait(120) for one in conversions] == [0] * 4, [
+    assert [one.process.wait(300) for one in conversions] == [0] * 4, [
         one.output() for one in conversions
     ]
     assert load_embedder(replace(settings, engine="openvino")).engine == "openvino"

@@ -204,7 +204,7 @@ def test_the_unit_is_active_only_when_it_listens(
         assert (unit.state(), unit.show("StatusText")) == ("activating", "connecting to Postgres")
 
         proxy.refuses = False
-        wait_until(lambda: unit.state() == "active")
+        wait_until(lambda: unit.state() == "active", 60)
 
         assert "event=listening" in unit.log()
         assert database.value("select count(*) from listener.worker") == 1
@@ -219,7 +219,9 @@ def test_the_status_shows_backlog_and_lag(unit: Unit, database: Database) -> Non
 
     unit.start()
 
-    wait_until(lambda: re.fullmatch(r"backlog \d+ events, lag [\d.]+ s", unit.show("StatusText")))
+    wait_until(
+        lambda: re.fullmatch(r"backlog \d+ events, lag [\d.]+ s", unit.show("StatusText")), 60
+    )
 
 
 def test_a_killed_service_comes_back(unit: Unit, database: Database) -> None:
@@ -237,12 +239,12 @@ def test_a_killed_service_comes_back(unit: Unit, database: Database) -> None:
 def test_a_service_that_hangs_is_restarted_by_the_watchdog(unit: Unit, database: Database) -> None:
     """SIGSTOP, the hang of all threads at once; the log shows that the loop stood."""
     unit.start()
-    wait_until(lambda: unit.show("StatusText").startswith("backlog"))
+    wait_until(lambda: unit.show("StatusText").startswith("backlog"), 60)
     unit.machine.shell(f"kill -STOP {unit.pid()}")
 
     database.insert("while it hung")
 
-    wait_until(lambda: unit.restarts() == 1, 30)
+    wait_until(lambda: unit.restarts() == 1, 60)
     database.wait_for_rest(30)
     assert "Watchdog timeout" in unit.log()
     assert "Fatal Python error: Aborted" in unit.log()
@@ -276,7 +278,7 @@ def test_a_stop_in_mid_batch_is_clean(unit: Unit, database: Database) -> None:
     ids = database.insert(
         *(f"pump {number} reports a pressure of {number}" for number in range(800))
     )
-    wait_until(lambda: len(database.embedded()) > 0 and database.leased() > 0)
+    wait_until(lambda: len(database.embedded()) > 0 and database.leased() > 0, 60)
 
     unit.machine.run("systemctl", "stop", _UNIT)
 
