@@ -32,7 +32,6 @@ _LEAST_COSINE = {"fp32": EXACT, "bf16": 0.99}
 # OpenVINO keeps what it compiled for each shape, a quarter of a MiB, of the last 5,000; so many are
 # met within days. These are enough for the lengths that come all the time.
 _SHAPES = 256
-_SHORT_TEXT = "pump 7 reports a temperature of 71 degrees"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -111,8 +110,8 @@ class OpenVinoEmbedder:
             if self.max_tokens is not None:
                 self._tokenizer.enable_truncation(self.max_tokens)
             self._request = _compile(core, directory, files.precision).create_infer_request()
-            self._helpers = HelperThreads(lambda: self._compute([_SHORT_TEXT]))
             self._require_known_vectors(manifest, _LEAST_COSINE[files.precision])
+            self._helpers = HelperThreads(lambda: self._compute(manifest["texts"][:1]))
         except Exception as error:
             # Both libraries raise bare RuntimeError and Exception.
             raise ConfigError(
@@ -129,7 +128,7 @@ class OpenVinoEmbedder:
     def _require_known_vectors(self, manifest: dict[str, Any], least: float) -> None:
         """Damaged weights still load; a vector that torch gave for a text tells."""
         known = np.array(manifest["vectors"], np.float32)
-        cosine = float((self.encode(manifest["texts"]) * known).sum(axis=1).min())
+        cosine = float((self._compute(manifest["texts"]) * known).sum(axis=1).min())
         if not cosine >= least:
             raise ValueError(f"a known text's vector is off, cosine {cosine:.4f}")
 

@@ -17,9 +17,9 @@ from listener import passes
 from listener.config import DIMENSION
 from listener.counters import counters
 from listener.errors import ConfigError, EncoderLost
+from listener.helper_threads import is_short_alone
 from listener.model import ModelFiles, cannot_be_loaded, require_dimension
 
-_SHORT_CHARACTERS = 300
 _NO_LIMIT = 10**9
 
 
@@ -76,8 +76,7 @@ class SentenceTransformersEmbedder:
         if not texts:
             return np.zeros((0, DIMENSION), np.float32)
         # Waking sleeping helper threads takes longer than they save on one short text.
-        alone = len(texts) == 1 and len(texts[0]) <= _SHORT_CHARACTERS
-        torch.set_num_threads(1 if alone else self._threads)
+        torch.set_num_threads(1 if is_short_alone(texts) else self._threads)
         try:
             numbers = self._compute(texts)
         except torch.AcceleratorError as error:

@@ -23,6 +23,11 @@ _LEAST_SHARE = 0.1
 _THREADS = Path("/proc/self/task")
 
 
+def is_short_alone(texts: Sequence[str]) -> bool:
+    """Whether it is one text, done so soon that waking helpers takes as long as they save."""
+    return len(texts) == 1 and len(texts[0]) <= _SHORT
+
+
 class HelperThreads:
     """Those that compute with the caller's. Elsewhere than on Linux there is none to be found."""
 
@@ -42,18 +47,18 @@ class HelperThreads:
 
     def place_for(self, texts: Sequence[str]) -> None:
         """A core of its own for each helper if it is a short text alone; else any they like."""
-        is_short = len(texts) == 1 and len(texts[0]) <= _SHORT
+        is_short = is_short_alone(texts)
         if not self._helpers or not (is_short or self._are_spread):
             return
         # Not everywhere may a process do so; then it is slower, that is all.
         with suppress(OSError):
             cores = os.sched_getaffinity(0)
-            elsewhere = cores - {_own_core()} or cores
+            places = [{core} for core in cores - {_own_core()}] if is_short else [cores]
             # The number of a thread that has ended may be that of another process's by now.
             alive = {int(thread.name) for thread in _THREADS.iterdir()}
-            for tid, core in zip(self._helpers, cycle(elsewhere), strict=False):
+            for tid, place in zip(self._helpers, cycle(places), strict=False):
                 if tid in alive:
-                    os.sched_setaffinity(tid, {core} if is_short else cores)
+                    os.sched_setaffinity(tid, place)
         self._are_spread = is_short
 
 
