@@ -14,10 +14,6 @@ create table if not exists listener.change (
   changed_at  timestamptz not null default now()
 );
 
--- Else a publication for all tables would refuse every delete here. Only the log of such a database
--- is longer for it.
-alter table listener.change replica identity full;
-
 -- One row per event that waits for its embedding; no row and no change, nothing to do.
 --   version   counts how often a change of the event was taken since it was queued, so that a vector
 --             of an older text can be told from a current one
@@ -41,6 +37,10 @@ comment on column listener.queue.lane is '0 live, 1 backfill; live events are cl
 
 -- The claim walks this index from the oldest due event of each lane.
 create index if not exists queue_lane_due_at_idx on listener.queue (lane, due_at);
+
+-- Else a publication for all tables would refuse every delete here. Only the log of such a database
+-- is longer for it. After the index, because a claim locks the queue first as well.
+alter table listener.change replica identity full;
 
 -- Every event that waits to be embedded, and since when. One that is parked is not among them, unless
 -- it has changed since.

@@ -63,10 +63,10 @@ def replace_input(database: Database, on_bad: str, volatility: str = "stable") -
 
 @pytest.fixture
 def service_session(database: Database) -> Iterator[Connection]:
-    """As the service's, but that a statement may take half a second only."""
+    """As the service's, but that a statement may take a second only."""
     with database.service_session() as conn:
         conn.execute(queries.SERVICE_SESSION)
-        conn.execute("set statement_timeout = '500ms'")
+        conn.execute("set statement_timeout = '1s'")
         yield conn
 
 
@@ -147,7 +147,7 @@ def test_events_that_together_take_too_long_are_written_in_parts(
     database.rows(
         """
         create function public.be_slow() returns trigger language plpgsql
-        as $$ begin perform pg_sleep(0.1); return new; end $$
+        as $$ begin perform pg_sleep(0.2); return new; end $$
         """
     )
     database.rows(
@@ -181,7 +181,7 @@ def test_a_sweep_of_slow_events_takes_smaller_pages(
 ) -> None:
     """One that takes too long would be begun again for ever; and new events wait for it."""
     caplog.set_level("INFO", "listener")
-    shorter = queries.SERVICE_SESSION.replace("'8s'", "'500ms'")
+    shorter = queries.SERVICE_SESSION.replace("'8s'", "'1s'")
     assert shorter != queries.SERVICE_SESSION
     monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
     replace_input(database, "null; end if; if pg_catalog.pg_sleep(0.02) is null then null")
@@ -202,12 +202,12 @@ def test_a_sweep_that_can_not_get_past_an_event_is_given_up_until_the_next(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Begun again at once it would meet it again, for ever; the connection is as good as before."""
-    shorter = queries.SERVICE_SESSION.replace("'8s'", "'300ms'")
+    shorter = queries.SERVICE_SESSION.replace("'8s'", "'1s'")
     monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
     replace_input(database, "perform pg_catalog.pg_sleep(9)")
     database.park(*database.insert("bad"))
 
-    with serving(database.with_settings(backfill_last_n=100)):
+    with serving(database.with_settings(backfill_last_n=4)):
         wait_until(lambda: any(r.msg == "sweep_given_up" for r in caplog.records))
         (event_id,) = database.insert("good")
         wait_until(lambda: event_id in database.embedded())

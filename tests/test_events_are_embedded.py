@@ -97,7 +97,7 @@ def test_a_large_copy_is_embedded_whole(database: Database) -> None:
         with database.conn.cursor() as cursor, cursor.copy(copy) as rows:
             for number in range(100_000):
                 rows.write_row(("pump-1", "status", "info", f"reading {number}"))
-        database.wait_for_rest(120)
+        database.wait_for_rest(300)
 
     assert database.value("select count(*) from public.event_embeddings") == 100_000
     database.assert_invariant()

@@ -86,6 +86,8 @@ def test_a_peer_takes_over_from_a_killed_worker_long_before_the_lease_ends(
     """With a lease of minutes and a poll of minutes."""
     database = database.with_settings(lease_seconds=300.0)
     victim = start_with_claim(spawn, database)
+    # Else it would be done before its peer is there.
+    victim.process.send_signal(signal.SIGSTOP)
     start(spawn, database).wait_for("event=listening")
 
     victim.end(signal.SIGKILL)

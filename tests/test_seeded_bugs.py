@@ -139,6 +139,8 @@ def commits_once_before(database: Database, method: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Wakeup, method, commit_and_call)
         with serving(database):
+            # The limit is one for waking up, not for connecting.
+            wait_until(lambda: committed)
             wait_until(database.embedded, _WOKEN_SECONDS)
 
 

@@ -108,6 +108,10 @@ class Unit:
     def log(self) -> str:
         return self.machine.journal(_UNIT, self.began)
 
+    def wait_to_say(self, words: str) -> None:
+        """The journal takes a line in a moment after it was written."""
+        wait_until(lambda: words in self.log())
+
     def restarts(self) -> int:
         return int(self.show("NRestarts"))
 
@@ -200,13 +204,13 @@ def test_the_unit_is_active_only_when_it_listens(
         url = unit.settings["DATABASE_URL"].replace(str(server.port), str(proxy.port))
         unit.configure(DATABASE_URL=url)
         unit.machine.run("systemctl", "start", "--no-block", _UNIT)
-        wait_until(lambda: "event=connection_lost" in unit.log())
+        unit.wait_to_say("event=connection_lost")
         assert (unit.state(), unit.show("StatusText")) == ("activating", "connecting to Postgres")
 
         proxy.refuses = False
         wait_until(lambda: unit.state() == "active", 60)
 
-        assert "event=listening" in unit.log()
+        unit.wait_to_say("event=listening")
         assert database.value("select count(*) from listener.worker") == 1
         database.insert("door open")
         database.wait_for_rest()
@@ -246,10 +250,8 @@ def test_a_service_that_hangs_is_restarted_by_the_watchdog(unit: Unit, database:
 
     wait_until(lambda: unit.restarts() == 1, 60)
     database.wait_for_rest(30)
-    assert "Watchdog timeout" in unit.log()
-    assert "Fatal Python error: Aborted" in unit.log()
-    # The journal may take in what a dead process wrote last after what its successor wrote.
-    wait_until(lambda: "in serve" in unit.log())
+    for words in ("Watchdog timeout", "Fatal Python error: Aborted", "in serve"):
+        unit.wait_to_say(words)
 
 
 @pytest.mark.parametrize("code", [2, 3])
@@ -264,7 +266,7 @@ def test_a_service_that_needs_a_human_stays_down(unit: Unit, database: Database,
     # Were it to be restarted, it would be activating.
     assert (unit.state(), unit.show("ExecMainStatus")) == ("failed", str(code))
     assert unit.restarts() == 0
-    assert "listener: " in unit.log()
+    unit.wait_to_say("listener: ")
 
     unit.configure()
     if code == 3:

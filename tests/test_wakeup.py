@@ -223,7 +223,7 @@ def test_eight_idle_workers_and_one_insert_are_no_herd(
         wait_until(lambda: is_asleep(database) and len(rested) == 8)
         woken.clear()
         database.insert("one")
-        wait_until(lambda: database.embedded() and is_asleep(database))
+        wait_until(lambda: woken and database.embedded() and is_asleep(database))
 
         assert sum(len(embedder.encoded) for embedder in embedders) == 1
         assert len(woken) == 1
