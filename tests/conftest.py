@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,9 @@ from listener.config import GTE_SMALL_REVISION, Settings
 from listener.database import connect
 from listener.embedded import Server, binaries
 from tests.harness import Command, Database, environment, free_port, install_demo
+
+# A shell starts what it runs in the background with SIGINT ignored, and so would be what we start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _DATASET = Path(__file__).parents[2] / "shared" / "data" / "device_events.csv"
 
