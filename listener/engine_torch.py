@@ -17,10 +17,12 @@ from listener import passes
 from listener.config import DIMENSION
 from listener.counters import counters
 from listener.errors import ConfigError, EncoderLost
-from listener.helper_threads import is_short_alone
+from listener.helper_threads import HelperThreads, is_short_alone
 from listener.model import ModelFiles, cannot_be_loaded, require_dimension
 
 _NO_LIMIT = 10**9
+# Long enough that helpers have something to do.
+_USUAL = "pump 7 is running hot, the temperature of its bearing is over the limit of 80 degrees"
 
 
 class SentenceTransformersEmbedder:
@@ -57,6 +59,8 @@ class SentenceTransformersEmbedder:
             self.model.float().eval()
             # Takes memory of the GPU too, and may be the first that it computes.
             dimension = self._compute(["a"]).shape[1]
+            # None computes on the CPU where a GPU does.
+            self._helpers = None if on_gpu else HelperThreads(lambda: self._compute([_USUAL]))
         except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
             raise _gpu_failed(error) from error
         except MemoryError:
@@ -75,8 +79,11 @@ class SentenceTransformersEmbedder:
         """Shape (len(texts), 384), rows of unit length, in the order of the texts."""
         if not texts:
             return np.zeros((0, DIMENSION), np.float32)
-        # Waking sleeping helper threads takes longer than they save on one short text.
-        torch.set_num_threads(1 if is_short_alone(texts) else self._threads)
+        if self._helpers:
+            # On a core that is busy with something else one would hold up a text for half a second.
+            alone = is_short_alone(texts) and not self._helpers.have_idle_cores()
+            torch.set_num_threads(1 if alone else self._threads)
+            self._helpers.place_for(texts)
         try:
             numbers = self._compute(texts)
         except torch.AcceleratorError as error:

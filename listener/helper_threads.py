@@ -1,8 +1,8 @@
-"""Where an engine's helper threads run: for a short text alone, not behind the thread they help.
+"""An engine's helper threads: whether they are of use for a short text alone, and where they run.
 
 In a virtual machine a sleeping helper may be woken on the core of the thread that calls it, though
 another one is idle. There it waits for milliseconds, until the kernel balances its load: as long as
-the whole text takes.
+the whole text takes. Torch's, on a core that is busy with something else, wait much longer.
 """
 
 from __future__ import annotations
@@ -45,6 +45,16 @@ class HelperThreads:
             least = _LEAST_SHARE * taken.pop(get_native_id())
             self._helpers = [tid for tid, time in taken.items() if time > least]
 
+    def have_idle_cores(self) -> bool:
+        """Whether there are helpers, and at this moment a core for each that nothing runs on."""
+        if not self._helpers:
+            return False
+        cores = len(os.sched_getaffinity(0))
+        if _running() + len(self._helpers) > cores:
+            # Who woke the caller may stand behind it on its core, with next to nothing left to do.
+            os.sched_yield()
+        return _running() + len(self._helpers) <= cores
+
     def place_for(self, texts: Sequence[str]) -> None:
         """A core of its own for each helper if it is a short text alone; else any they like."""
         is_short = is_short_alone(texts)
@@ -68,6 +78,11 @@ def _run_times() -> dict[int, int]:
         int(thread.name): int((thread / "schedstat").read_text().split()[0])
         for thread in _THREADS.iterdir()
     }
+
+
+def _running() -> int:
+    """How many threads, of whatever process, are on a core or wait for one; the caller is one."""
+    return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
 
 
 def _own_core() -> int:

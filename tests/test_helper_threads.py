@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from threading import get_native_id
 
 import pytest
 
 from listener import helper_threads
 from listener.config import Settings
-from listener.embedder import load_embedder
+from listener.embedder import Embedder, load_embedder
 from listener.helper_threads import HelperThreads
 from tests.harness import wait_until
 
@@ -96,6 +98,28 @@ def test_the_helper_is_not_where_the_caller_is(
         assert core not in os.sched_getaffinity(helper)
 
 
+def test_a_core_is_idle_unless_as_many_threads_run_as_there_are_cores(
+    threads: HelperThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where nobody helps, none is idle for a helper."""
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(helper_threads, "_running", lambda: cores - 1)
+    assert threads.have_idle_cores()
+    assert not HelperThreads(lambda: None).have_idle_cores()
+
+    monkeypatch.setattr(helper_threads, "_running", lambda: cores)
+    assert not threads.have_idle_cores()
+
+
+def test_a_process_that_computes_is_counted_until_it_ends() -> None:
+    """Beside the thread that asks."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        wait_until(lambda: all(helper_threads._running() >= 2 for _ in range(100)))
+        busy.kill()
+
+    wait_until(lambda: helper_threads._running() == 1)
+
+
 def test_the_core_of_the_caller_is_known() -> None:
     """It is the one that the thread is held on."""
     everywhere = os.sched_getaffinity(0)
@@ -132,3 +156,28 @@ def test_openvino_is_helped(converted: Settings, monkeypatch: pytest.MonkeyPatch
     # On busy cores a helper may come too late to be found.
     wait_until(moves, 60)
     assert [len(cores) for cores in moved] == [1] * (len(os.sched_getaffinity(0)) - 1)
+
+
+def test_torch_is_helped_with_a_short_text_only_where_a_core_is_idle(
+    minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a busy one it computes alone, as it never does a batch."""
+    import torch
+
+    monkeypatch.setattr(helper_threads, "_running", lambda: 1)
+    settings = Settings(database_url="", embedding_model=str(minilm), engine="torch")
+
+    def helped() -> Embedder | None:
+        torch.set_num_threads(2)
+        embedder = load_embedder(settings)
+        embedder.encode([SHORT])
+        return embedder if torch.get_num_threads() == 2 else None
+
+    # On busy cores a helper may come too late to be found.
+    embedder = wait_until(helped, 60)
+    monkeypatch.setattr(helper_threads, "_running", lambda: 1_000)
+
+    embedder.encode([SHORT])
+    assert torch.get_num_threads() == 1
+    embedder.encode([SHORT, LONG])
+    assert torch.get_num_threads() == 2
