@@ -7,6 +7,7 @@ the whole text takes. Torch's, on a core that is busy with something else, wait 
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ _TRIES = 5
 _LEAST_SHARE = 0.1
 
 _THREADS = Path("/proc/self/task")
+_LIBC = ctypes.CDLL(None)
 
 
 def is_short_alone(texts: Sequence[str]) -> bool:
@@ -33,7 +35,8 @@ class HelperThreads:
 
     def __init__(self, compute: Callable[[], object]) -> None:
         """Find who helps with `compute`: a short text, on the thread that will go on to compute."""
-        self._are_spread = False
+        # The core that they are kept off; None where they run where they like.
+        self._away_from: int | None = None
         self._helpers: list[int] = []
         # The first takes longer, and the caller alone.
         compute()
@@ -57,19 +60,21 @@ class HelperThreads:
 
     def place_for(self, texts: Sequence[str]) -> None:
         """A core of its own for each helper if it is a short text alone; else any they like."""
-        is_short = is_short_alone(texts)
-        if not self._helpers or not (is_short or self._are_spread):
+        if not self._helpers:
+            return
+        own = _own_core() if is_short_alone(texts) else None
+        # A short text waits for this: nothing is done twice.
+        if own == self._away_from:
             return
         # Not everywhere may a process do so; then it is slower, that is all.
         with suppress(OSError):
             cores = os.sched_getaffinity(0)
-            places = [{core} for core in cores - {_own_core()}] if is_short else [cores]
-            # The number of a thread that has ended may be that of another process's by now.
-            alive = {int(thread.name) for thread in _THREADS.iterdir()}
+            places = [cores] if own is None else [{core} for core in cores - {own}]
             for tid, place in zip(self._helpers, cycle(places), strict=False):
-                if tid in alive:
+                # The number of one that has ended may be that of another process's by now.
+                if (_THREADS / str(tid)).exists():
                     os.sched_setaffinity(tid, place)
-        self._are_spread = is_short
+        self._away_from = own
 
 
 def _run_times() -> dict[int, int]:
@@ -82,9 +87,14 @@ def _run_times() -> dict[int, int]:
 
 def _running() -> int:
     """How many threads, of whatever process, are on a core or wait for one; the caller is one."""
-    return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+    # Opened by Python as a file, it takes three times as long.
+    loadavg = os.open("/proc/loadavg", os.O_RDONLY)
+    try:
+        return int(os.read(loadavg, 100).split()[3].partition(b"/")[0])
+    finally:
+        os.close(loadavg)
 
 
 def _own_core() -> int:
     """The core that the calling thread is on."""
-    return int(Path("/proc/thread-self/stat").read_text().rpartition(")")[2].split()[36])
+    return int(_LIBC.sched_getcpu())
