@@ -49,14 +49,19 @@ class HelperThreads:
             self._helpers = [tid for tid, time in taken.items() if time > least]
 
     def have_idle_cores(self) -> bool:
-        """Whether there are helpers, and at this moment a core for each that nothing runs on."""
+        """Whether there are helpers, and at this moment a core for each that nothing runs on.
+
+        False where the system does not tell.
+        """
         if not self._helpers:
             return False
-        cores = len(os.sched_getaffinity(0))
-        if _running() + len(self._helpers) > cores:
-            # Who woke the caller may stand behind it on its core, with next to nothing left to do.
-            os.sched_yield()
-        return _running() + len(self._helpers) <= cores
+        most = len(os.sched_getaffinity(0)) - len(self._helpers)
+        with suppress(OSError):
+            if _running() > most:
+                # Who woke the caller may stand behind it on its core, with next to nothing to do.
+                os.sched_yield()
+            return _running() <= most
+        return False
 
     def place_for(self, texts: Sequence[str]) -> None:
         """A core of its own for each helper if it is a short text alone; else any they like."""

@@ -111,13 +111,26 @@ def test_a_core_is_idle_unless_as_many_threads_run_as_there_are_cores(
     assert not threads.have_idle_cores()
 
 
-def test_a_process_that_computes_is_counted_until_it_ends() -> None:
+def test_a_process_that_computes_is_counted_and_those_that_sleep_are_not() -> None:
     """Beside the thread that asks."""
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
         wait_until(lambda: all(helper_threads._running() >= 2 for _ in range(100)))
         busy.kill()
 
-    wait_until(lambda: helper_threads._running() == 1)
+    wait_until(lambda: helper_threads._running() <= len(os.sched_getaffinity(0)))
+
+
+def test_no_core_is_idle_where_the_system_does_not_tell(
+    threads: HelperThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a sandbox that shows nothing but processes."""
+
+    def not_there() -> int:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(helper_threads, "_running", not_there)
+
+    assert not threads.have_idle_cores()
 
 
 def test_the_core_of_the_caller_is_known() -> None:
