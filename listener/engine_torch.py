@@ -83,7 +83,8 @@ class SentenceTransformersEmbedder:
             # On a core that is busy with something else one would hold up a text for half a second.
             alone = is_short_alone(texts) and not self._helpers.have_idle_cores()
             torch.set_num_threads(1 if alone else self._threads)
-            self._helpers.place_for(texts)
+            if not alone:
+                self._helpers.place_for(texts)
         try:
             numbers = self._compute(texts)
         except torch.AcceleratorError as error:

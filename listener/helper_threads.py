@@ -26,7 +26,7 @@ _LIBC = ctypes.CDLL(None)
 
 
 def is_short_alone(texts: Sequence[str]) -> bool:
-    """Whether it is one text, done so soon that waking helpers takes as long as they save."""
+    """Whether it is one text, done so soon that it matters where its helpers are."""
     return len(texts) == 1 and len(texts[0]) <= _SHORT
 
 
@@ -57,9 +57,10 @@ class HelperThreads:
             return False
         most = len(os.sched_getaffinity(0)) - len(self._helpers)
         with suppress(OSError):
-            if _running() > most:
-                # Who woke the caller may stand behind it on its core, with next to nothing to do.
-                os.sched_yield()
+            if _running() <= most:
+                return True
+            # Who woke the caller may stand behind it on its core, with next to nothing left to do.
+            os.sched_yield()
             return _running() <= most
         return False
 
