@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from threading import get_native_id
@@ -111,13 +112,16 @@ def test_a_core_is_idle_unless_as_many_threads_run_as_there_are_cores(
     assert not threads.have_idle_cores()
 
 
-def test_a_process_that_computes_is_counted_and_those_that_sleep_are_not() -> None:
-    """Beside the thread that asks."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-        wait_until(lambda: all(helper_threads._running() >= 2 for _ in range(100)))
-        busy.kill()
+def test_processes_that_compute_are_counted_until_they_end_and_those_that_sleep_are_not() -> None:
+    """One on each core, beside the thread that asks."""
+    cores = len(os.sched_getaffinity(0))
+    with ExitStack() as ended:
+        for _ in range(cores):
+            busy = ended.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            ended.callback(busy.kill)
+        wait_until(lambda: all(helper_threads._running() > cores for _ in range(100)))
 
-    wait_until(lambda: helper_threads._running() <= len(os.sched_getaffinity(0)))
+    wait_until(lambda: helper_threads._running() <= cores)
 
 
 def test_no_core_is_idle_where_the_system_does_not_tell(
