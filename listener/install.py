@@ -23,13 +23,15 @@ _INPUT_FILE = "003_embedding_input.sql"
 _OWNER_FILE = "006_owner.sql"
 _TRIGGERS_FILE = "007_triggers.sql"
 _WORKER_FILE = "009_worker.sql"
-# In a block of plpgsql, so that it also works where a tool for migrations opens its transaction by
-# other means than `begin`.
-_OPENING = """-- Who waits for a lock holds up all who come after, so this gives up soon.
+# Of an install, printed with it. In a block of plpgsql, so that it also works where a tool for
+# migrations opens its transaction by other means than `begin`.
+_OPENING = """-- Who waits for a lock holds up all who come after, so this gives up soon;
+-- from the second lock on before a deadlock is looked for, which a live worker could lose.
 do $$
 begin
   set local lock_timeout = '2s';
-%send
+%s  set local lock_timeout = '0.5s';
+end
 $$;
 """
 _LOCK_EVENTS = "  lock table public.iot_events in share row exclusive mode;\n"
@@ -61,15 +63,13 @@ class Plan:
 
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
+    opening: str = ""
 
     @property
     def script(self) -> str:
         """All that is executed, in one transaction; empty if there is nothing to do."""
         scripts = [f"-- ===== {step.file}\n{step.script}" for step in self.steps]
-        if not scripts:
-            return ""
-        locks = any(step.file in _LOCKING_FILES for step in self.steps)
-        return "\n".join([_OPENING % (_LOCK_EVENTS if locks else ""), *scripts])
+        return "\n".join([self.opening, *scripts] if scripts else [])
 
 
 def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) -> Plan:
@@ -114,7 +114,9 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
         step = Step(file, text, chosen if file == _INPUT_FILE else None)
         if _is_needed(step, facts, applied, columns is not None, notes):
             steps.append(step)
-    return Plan(tuple(steps), tuple(notes + _order_notes(facts)))
+    locks = any(step.file in _LOCKING_FILES for step in steps)
+    opening = _OPENING % (_LOCK_EVENTS if locks else "")
+    return Plan(tuple(steps), tuple(notes + _order_notes(facts)), opening)
 
 
 def _is_whole(facts: Facts) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_a_failing_install_leaves_nothing_behind(new_database: NewDatabase) -> N
     with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
         facts = read_facts(database.conn)
         plan = install.plan_install(database.conn, facts, None)
-        broken = install.Plan((*plan.steps, Step("broken", "select 1 / 0")), ())
+        broken = replace(plan, steps=(*plan.steps, Step("broken", "select 1 / 0")))
 
         with pytest.raises(SchemaError, match=r"refused it \(division by zero\); nothing was"):
             install.apply_plan(database.conn, broken)

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from psycopg import errors
 
 from listener import cli, install, patience
 from listener.catalogue import read_facts
 from listener.config import Settings
+from listener.counters import counters
 from tests.harness import Command, Database, serving, wait_until
 from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
 from tests.test_writers_are_safe import insert
@@ -229,8 +231,29 @@ def test_an_upgrade_takes_its_locks_in_the_order_of_the_writers(database: Databa
     install.verify(database.conn)
 
 
+def test_an_upgrade_gives_way_before_a_worker_loses_a_deadlock_with_it(database: Database) -> None:
+    """A worker that has the events goes on to the queue, which the upgrade holds."""
+    age(database)
+    plan = install.plan_install(database.conn, read_facts(database.conn), None)
+    with (
+        database.session("worker") as worker,
+        database.session("listener-install") as conn,
+    ):
+        # Else either of the two might be the one that finds it.
+        worker.execute("set deadlock_timeout = '1min'")
+        worker.execute("begin")
+        worker.execute("select from listener.event limit 0")
+        with in_the_background(lambda: conn.execute(plan.script.encode())) as upgrade:
+            wait_until(lambda: is_waiting(database))
+            worker.execute("delete from listener.queue")
+            worker.execute("commit")
+
+    assert isinstance(upgrade.exception(), errors.LockNotAvailable)
+
+
 def test_an_upgrade_with_live_workers_loses_nothing(database: Database) -> None:
-    """Every object is made again while two services claim and devices write."""
+    """Every object is made again while two services claim, on one connection, and devices write."""
+    reconnects = counters.reconnects
     with serving(database), serving(database), traffic(database) as devices:
         # One that came later would refuse the old triggers.
         wait_until(lambda: database.value("select count(*) from listener.worker") == 2)
@@ -250,6 +273,7 @@ def test_an_upgrade_with_live_workers_loses_nothing(database: Database) -> None:
         database.wait_for_rest()
 
     database.assert_invariant()
+    assert counters.reconnects == reconnects
     assert install_in(database.conn).steps == ()
     assert database.value("select to_regclass('listener.queue_lane_due_at_idx')") is not None
     assert database.value("select to_regproc('listener.queue_deleted')") is None
