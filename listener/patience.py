@@ -101,7 +101,7 @@ def _holder(conn: Connection) -> str:
     """Who holds a lock on a table of ours, in words."""
     row = conn.execute(_HOLDER).fetchone()
     if row is None:
-        return "its holder has ended by now"
+        return "its holder has ended by now, or began less than 2 s ago"
     relation, pid, name, state, seconds = row
     who = f"pid {pid} ({name}, {state}" if pid else f"transaction {name} ({state}"
     return f"{who}{'' if seconds is None else f' for {seconds} s'}) holds {relation}"
