@@ -26,15 +26,17 @@ _WORKER_FILE = "009_worker.sql"
 # Of an install, printed with it. In a block of plpgsql, so that it also works where a tool for
 # migrations opens its transaction by other means than `begin`.
 _OPENING = """-- Who waits for a lock holds up all who come after, so this gives up soon;
--- from the second lock on before a deadlock is looked for, which a live worker could lose.
+-- but for iot_events before a deadlock is looked for, which a live worker could lose.
 do $$
 begin
-  set local lock_timeout = '2s';
 %s  set local lock_timeout = '0.5s';
 end
 $$;
 """
-_LOCK_EVENTS = "  lock table public.iot_events in share row exclusive mode;\n"
+_LOCK_EVENTS = """\
+  set local lock_timeout = '2s';
+  lock table public.iot_events in share row exclusive mode;
+"""
 # Writers lock iot_events first and listener.change second; an install in another order would end in
 # a deadlock with one that is in between. These two files lock iot_events.
 _LOCKING_FILES = {_EMBEDDINGS_FILE, _TRIGGERS_FILE}

@@ -23,9 +23,9 @@ PATIENCE_SECONDS = 60.0
 _LOCK_TIMEOUT = "set local lock_timeout = '2s'"
 _NOT_NOW = (errors.LockNotAvailable, errors.DeadlockDetected)
 
-# Who outlasted the time-out is older than it; who queued up behind us has the lock by now, but is
-# younger. Of the old ones a writer comes before a reader, which is in the way of an uninstall only.
-# A prepared transaction has no process.
+# Who outlasted the time-out is older than it (an install's later locks have a shorter one); who
+# queued up behind us has the lock by now, but is younger. Of the old ones a writer comes before a
+# reader, which is in the way of an uninstall only. A prepared transaction has no process.
 _HOLDER = """
 select
   l.relation::regclass::text,
