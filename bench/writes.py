@@ -16,9 +16,10 @@ from bench.quiet import wait_for_quiet
 from bench.report import Section
 from bench.write_ways import FENCED, WAYS, Row, prepare_ways
 from listener import queries, template
+from listener.claim import Claim
 from listener.config import DIMENSION, Settings
 from listener.database import Connection, connect
-from listener.queue import Claim, Queue
+from listener.queue import Queue
 
 SIZES = (1, 32, 256, 2_048)
 

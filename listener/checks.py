@@ -11,6 +11,7 @@ import numpy as np
 from listener.catalogue import Facts, read_facts
 from listener.checks_link import check_clock, check_notify, check_server, check_tls, no_connection
 from listener.checks_reading import check_search, check_workers
+from listener.claim import Claim, Event, EventId
 from listener.config import DIMENSION, Settings
 from listener.database import Connection, connect
 from listener.embedder import load_embedder
@@ -18,7 +19,7 @@ from listener.errors import ListenerError
 from listener.finding import Finding
 from listener.install import require_input, verify
 from listener.preflight import events_problem, rights_problem
-from listener.queue import Claim, Event, EventId, Queue
+from listener.queue import Queue
 
 
 def run_checks(settings: Settings) -> Iterator[Finding]:

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
+from listener.claim import Claim, Event, EventId
 from listener.config import Settings
 from listener.counters import counters
 from listener.encoding import Encoded, Encoder
 from listener.errors import EmbeddingError, EncoderLost, ModelFault
 from listener.health import health
 from listener.logs import log
-from listener.queue import Claim, Event, EventId, Queue
+from listener.queue import Queue
 from listener.stop import Stop
 
 # While a batch is encoded the next is ready; more would only lengthen the leases.

@@ -130,6 +130,9 @@ COMPACT = "select listener.compact()"
 # deleted before it and is not vacuumed yet would be read again by every claim. A row that the queue
 # has already starts anew; whoever held it is fenced out by the new lease and version. In the order
 # of the key, so that two workers that take changes of the same events can't deadlock.
+#
+# What is new in the queue comes with its text, which saves a round trip. If a newer one was taken
+# and done with since this statement began, the hash in WRITE refuses ours.
 TAKE = """
 with taken as (
   delete from listener.change c
@@ -172,6 +175,9 @@ on conflict (event_id) do update set
 returning
   q.event_id,
   q.lease,
+  case when %(with_input)s and q.version = 1 then (
+    select coalesce(e.input, '') from listener.event e where e.id = q.event_id
+  ) end as input,
   (select max(t.place)::text from taken t) as position,
   (select count(*) from taken) as changes
 """

@@ -6,23 +6,23 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 import numpy as np
-from numpy.typing import NDArray
+import psycopg
+from psycopg.pq import TransactionStatus
 
 from listener import queries
+from listener.claim import Claim, Event, EventId, Vector
 from listener.config import Settings
 from listener.counters import counters
 from listener.database import Connection, Vectors, in_parts, translated
+from listener.errors import StatementTimeout
 from listener.health import health
 from listener.logs import log
-
-EventId = int | str | UUID
-Vector = NDArray[np.float32]
 
 # A claim in another session locks a row for a moment while passing it by, a writer until it
 # commits; the first is worth waiting for.
@@ -36,30 +36,6 @@ _FIRST_PLACE = "(0,0)"
 _LOOK_BACK_SECONDS = 1.0
 # By how many deaths an event has been claimed alone once; before, its mates may be to blame.
 _FIRST_ALONE = 3
-
-
-@dataclass(frozen=True)
-class Event:
-    """A claimed event: what to embed, and the version that the text belongs to."""
-
-    event_id: EventId
-    version: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The events leased together under one token.
-
-    `retried`: some were claimed before, so the claim may be smaller than what is due. `is_full`: it
-    took as much as it was allowed to. `is_new`: changes, for which somebody may be waiting.
-    """
-
-    lease: int
-    event_ids: list[EventId]
-    retried: bool = False
-    is_full: bool = False
-    is_new: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,24 +77,43 @@ class Queue:
 
     def claim_changes(self, events: int) -> Claim | None:
         """Changes since the last time, from where that ended; None if there are none at all."""
-        seconds = self._settings.lease_seconds
-        parameters = {"events": events, "lease_seconds": seconds, "worker": self._worker}
         began = time.monotonic()
         if looks_back := began >= self._next_look_back:
             self._position = _FIRST_PLACE
-        rows = self._execute(queries.TAKE, position=self._position, **parameters)
+        rows = self._take(self._position, events)
         if looks_back:
             # Behind much that is emptied and not yet vacuumed it takes its time.
             took, poll = time.monotonic() - began, self._settings.poll_seconds
             self._next_look_back = began + min(max(_LOOK_BACK_SECONDS, 200 * took), poll)
         if not rows and self._position != _FIRST_PLACE:
-            rows = self._execute(queries.TAKE, position=_FIRST_PLACE, **parameters)
+            rows = self._take(_FIRST_PLACE, events)
         if not rows:
             self._position, self._retries_are_next = _FIRST_PLACE, False
             return None
-        _, lease, self._position, changes = rows[0]
+        _, lease, _, self._position, changes = rows[0]
         self._retries_are_next = looks_back or changes >= events
-        return Claim(lease, [row[0] for row in rows], is_full=changes >= events, is_new=True)
+        return Claim(
+            lease,
+            event_ids=[row[0] for row in rows],
+            # Whoever is new in the queue is at its first version.
+            already_read=tuple(Event(row[0], 1, row[2]) for row in rows if row[2] is not None),
+            is_full=changes >= events,
+            is_new=True,
+        )
+
+    def _take(self, position: str, events: int) -> list[Any]:
+        parameters = {
+            "position": position,
+            "events": events,
+            "lease_seconds": self._settings.lease_seconds,
+            "worker": self._worker,
+        }
+        # In a transaction, as that of `listener check`, a failure could not be tried again.
+        if self._conn.info.transaction_status == TransactionStatus.IDLE:
+            with suppress(psycopg.Error, StatementTimeout):
+                return self._execute(queries.TAKE, with_input=True, **parameters)
+        # If it was embedding_input that failed, `read` finds out on which event.
+        return self._execute(queries.TAKE, with_input=False, **parameters)
 
     def _claim_due(self, events: int, backfill_events: int) -> Claim | None:
         rows = self._execute(
@@ -154,14 +149,19 @@ class Queue:
         def fail(event_id: EventId, reason: str) -> None:
             self.fail(claim.lease, [event_id], f"embedding_input: {reason}")
 
-        rows = in_parts(claim.event_ids, read, fail, self._worker is not None)
+        known = {event.event_id for event in claim.already_read}
+        unread = [event_id for event_id in claim.event_ids if event_id not in known]
+        rows = in_parts(unread, read, fail, self._worker is not None)
         deleted = [event_id for event_id, _, is_deleted, _ in rows if is_deleted]
         if deleted:
             self._execute(queries.DISCARD, event_ids=deleted, lease=claim.lease)
         return [
-            Event(event_id, version, text)
-            for event_id, version, is_deleted, text in rows
-            if not is_deleted
+            *claim.already_read,
+            *(
+                Event(event_id, version, text)
+                for event_id, version, is_deleted, text in rows
+                if not is_deleted
+            ),
         ]
 
     def write(

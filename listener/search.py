@@ -10,9 +10,9 @@ import psycopg
 from psycopg.rows import class_row
 
 from listener import queries
+from listener.claim import EventId, Vector
 from listener.database import Connection, translated
 from listener.errors import SchemaError
-from listener.queue import EventId, Vector
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from listener import notify_systemd, queries
+from listener.claim import EventId
 from listener.config import Settings
 from listener.counters import counters
 from listener.database import Connection, connect, reconnecting, translated
@@ -19,7 +20,7 @@ from listener.health import health
 from listener.install import verify
 from listener.logs import log
 from listener.pipeline import Pipeline
-from listener.queue import EventId, Queue
+from listener.queue import Queue
 from listener.status import read_backlog
 from listener.stop import Stop
 from listener.wakeup import Wakeup

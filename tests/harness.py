@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 
 from listener import install, passes, queries
 from listener.catalogue import read_facts
+from listener.claim import Claim, Event, EventId
 from listener.config import Settings
 from listener.counters import counters
 from listener.database import Connection, connect, register_vector
 from listener.encoding import Encoder
-from listener.queue import Claim, Event, EventId, Queue
+from listener.queue import Queue
 from listener.service import Service
 from listener.stop import Stop
 from listener.template import sql_text
@@ -125,6 +126,13 @@ def claimed(queue: Queue, events: int = 100) -> Claim:
     claim = queue.claim(events)
     assert claim is not None
     return claim
+
+
+def unread(queue: Queue, events: int = 100) -> Claim:
+    """The same, given back and claimed again: the texts don't come with it any more."""
+    claim = claimed(queue, events)
+    queue.release(claim.lease, claim.event_ids)
+    return claimed(queue, events)
 
 
 def store(queue: Queue, claim: Claim, events: Sequence[Event]) -> list[EventId]:

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import strategies as st
 
 from listener import queue as queue_module
+from listener.claim import Claim, Event, EventId, Vector
 from listener.database import Connection, connect
-from listener.queue import Claim, Event, EventId, Queue, Vector, content_hash
+from listener.queue import Queue, content_hash
 from listener.worker import Worker
 from tests.harness import Database, TinyEmbedder, vector_of, wait_until
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.harness import (
     listener,
     serving,
     store,
+    unread,
     wait_until,
 )
 
@@ -166,13 +168,17 @@ def test_a_lock_that_is_waited_for_fails_no_event(
     """It is no event's fault, however long somebody holds it."""
     service_session.execute("set lock_timeout = '100ms'")
     database.insert("an event")
-    claim = claimed(queue)
+    claim = unread(queue)
+    database.insert("one more")
 
     with database.session() as migration, migration.transaction():
         migration.execute("lock table public.iot_events in access exclusive mode")
-        with pytest.raises(ConnectionLost):
-            queue.read(claim)
+        for look in (partial(queue.read, claim), partial(queue.claim, 1)):
+            with pytest.raises(ConnectionLost):
+                look()
 
+    assert len(store(queue, claim, queue.read(claim))) == 1
+    claim = claimed(queue)
     assert len(store(queue, claim, queue.read(claim))) == 1
 
 
@@ -242,6 +248,17 @@ def test_show_and_search_tell_of_an_event_that_it_fails_on(static: Database) -> 
     assert "embedding_input fails on it" in shown
     assert str(embedded) in found
     assert "embedding_input fails on it" in found
+
+
+def test_check_passes_where_it_fails_on_the_next_event(static: Database) -> None:
+    """Of the service's rights that says nothing, and its claim is taken back."""
+    replace_input(static, FAILURES["DivisionByZero"])
+    static.insert("bad")
+
+    finished = listener(static.settings, "check")
+
+    assert "FAIL" not in finished.stdout
+    assert [row[1] for row in static.queue()] == [0]
 
 
 def test_one_that_is_not_declared_stable_reads_no_more_events(

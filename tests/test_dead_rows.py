@@ -13,7 +13,7 @@ from listener import queries
 from listener.database import Connection
 from listener.queue import Queue
 from listener.worker import beat
-from tests.harness import Database, claimed, serving, store, wait_until
+from tests.harness import Database, claimed, serving, store, unread, wait_until
 
 _TABLES = ("listener.queue", "listener.change")
 # More than the beat lets pass.
@@ -110,7 +110,7 @@ def test_a_writer_in_flight_is_neither_waited_for_nor_lost(
     """Its row stays where it is; the queue, which it doesn't use, is emptied all the same."""
     queue = Queue(service, database.settings, None)
     database.insert("gone")
-    claim = claimed(queue)
+    claim = unread(queue)
     database.rows("delete from public.iot_events")
     queue.read(claim)
     with database.session() as writer, writer.transaction():

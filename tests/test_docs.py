@@ -31,7 +31,7 @@ SETTINGS = {spec.name.upper(): spec for spec in fields(Settings)}
 
 # A module imports from lower lines only, never from its own.
 LAYERS = (
-    {"__init__", "counters", "errors", "finding", "queries", "stop"},
+    {"__init__", "claim", "counters", "errors", "finding", "queries", "stop"},
     {"alone", "config", "embedded", "helper_threads", "passes"},
     {"logs", "model"},
     {"notify_systemd"},

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from listener import service
+from listener.claim import Claim, EventId
 from listener.database import Connection
-from listener.queue import Claim, EventId, Queue
+from listener.queue import Queue
 from listener.wakeup import GATE_KEY, Wakeup
 from listener.worker import beat
 from tests.gate_model import BROKEN, HARMLESS, NAPS, Protocol, State, World, explore

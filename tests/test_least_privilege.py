@@ -89,6 +89,7 @@ _PARAMETERS = {
     "since": None,
     "start": None,
     "versions": [1],
+    "with_input": True,
     "worker": 1,
 }
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import Phase
 
 from listener import queries
-from listener.queue import Claim, Event, Queue, SweepPage
+from listener.claim import Claim, Event
+from listener.queue import Queue, SweepPage
 from listener.service import _Session
 from listener.wakeup import Wakeup
 from tests.harness import Database, claimed, serving, store, wait_until

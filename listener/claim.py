@@ -1,0 +1,38 @@
+"""What a worker has in hand: the events leased together, and the texts of those that are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from uuid import UUID
+
+import numpy as np
+from numpy.typing import NDArray
+
+EventId = int | str | UUID
+Vector = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A claimed event: what to embed, and the version that the text belongs to."""
+
+    event_id: EventId
+    version: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The events leased together under one token.
+
+    `already_read`: those whose text came with the claim. `retried`: some were claimed before, so
+    the claim may be smaller than what is due. `is_full`: it took as much as it was allowed to.
+    `is_new`: changes, for which somebody may be waiting.
+    """
+
+    lease: int
+    event_ids: list[EventId]
+    already_read: tuple[Event, ...] = ()
+    retried: bool = False
+    is_full: bool = False
+    is_new: bool = False
