@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -19,6 +20,11 @@ class Event:
     event_id: EventId
     version: int
     text: str
+
+    @property
+    def content_hash(self) -> bytes:
+        """sha256 of the text in UTF-8, as the database computes it."""
+        return hashlib.sha256(self.text.encode()).digest()
 
 
 @dataclass(frozen=True)

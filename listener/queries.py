@@ -130,9 +130,6 @@ COMPACT = "select listener.compact()"
 # deleted before it and is not vacuumed yet would be read again by every claim. A row that the queue
 # has already starts anew; whoever held it is fenced out by the new lease and version. In the order
 # of the key, so that two workers that take changes of the same events can't deadlock.
-#
-# What is new in the queue comes with its text, which saves a round trip. If a newer one was taken
-# and done with since this statement began, the hash in WRITE refuses ours.
 TAKE = """
 with taken as (
   delete from listener.change c
@@ -175,12 +172,20 @@ on conflict (event_id) do update set
 returning
   q.event_id,
   q.lease,
-  case when %(with_input)s and q.version = 1 then (
-    select coalesce(e.input, '') from listener.event e where e.id = q.event_id
-  ) end as input,
   (select max(t.place)::text from taken t) as position,
   (select count(*) from taken) as changes
 """
+
+# The same, and the text of what is new in the queue, which saves a round trip. If a newer one was
+# taken and done with since the statement began, the hash in WRITE refuses this one.
+TAKE_AND_READ = (
+    TAKE  # noqa: S608  two constants
+    + """,
+  case when q.version = 1 then (
+    select coalesce(e.input, '') from listener.event e where e.id = q.event_id
+  ) end as input
+"""
+)
 
 # Lease up to `events` due events, live before backfill, of that at most `backfill_events`. Events
 # whose worker died are kept apart: the first time a quarter of a claim, later alone, so that one

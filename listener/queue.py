@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -20,7 +18,7 @@ from listener.claim import Claim, Event, EventId, Vector
 from listener.config import Settings
 from listener.counters import counters
 from listener.database import Connection, Vectors, in_parts, translated
-from listener.errors import StatementTimeout
+from listener.errors import ConnectionLost
 from listener.health import health
 from listener.logs import log
 
@@ -45,11 +43,6 @@ class SweepPage:
     scanned: int
     queued: int
     next_from: str | None
-
-
-def content_hash(text: str) -> bytes:
-    """sha256 of the text in UTF-8, as the database computes it."""
-    return hashlib.sha256(text.encode()).digest()
 
 
 class Queue:
@@ -90,13 +83,13 @@ class Queue:
         if not rows:
             self._position, self._retries_are_next = _FIRST_PLACE, False
             return None
-        _, lease, _, self._position, changes = rows[0]
+        _, lease, self._position, changes, _ = rows[0]
         self._retries_are_next = looks_back or changes >= events
         return Claim(
             lease,
-            event_ids=[row[0] for row in rows],
+            event_ids=[event_id for event_id, *_ in rows],
             # Whoever is new in the queue is at its first version.
-            already_read=tuple(Event(row[0], 1, row[2]) for row in rows if row[2] is not None),
+            already_read=tuple(Event(row[0], 1, row[4]) for row in rows if row[4] is not None),
             is_full=changes >= events,
             is_new=True,
         )
@@ -110,10 +103,14 @@ class Queue:
         }
         # In a transaction, as that of `listener check`, a failure could not be tried again.
         if self._conn.info.transaction_status == TransactionStatus.IDLE:
-            with suppress(psycopg.Error, StatementTimeout):
-                return self._execute(queries.TAKE, with_input=True, **parameters)
-        # If it was embedding_input that failed, `read` finds out on which event.
-        return self._execute(queries.TAKE, with_input=False, **parameters)
+            try:
+                return self._execute(queries.TAKE_AND_READ, **parameters)
+            except (psycopg.Error, ConnectionLost):
+                if self._conn.closed:
+                    raise
+                # It is embedding_input, and `read` will find out on which event; or somebody locks
+                # iot_events, which is no matter if nothing is new.
+        return [(*row, None) for row in self._execute(queries.TAKE, **parameters)]
 
     def _claim_due(self, events: int, backfill_events: int) -> Claim | None:
         rows = self._execute(
@@ -200,7 +197,7 @@ class Queue:
         """
         event_ids = [event.event_id for event in events]
         self._execute(queries.DISCARD, event_ids=event_ids, lease=lease)
-        hashes = [content_hash(event.text) for event in events]
+        hashes = [event.content_hash for event in events]
         rows = self._execute(queries.OUTDATED, event_ids=event_ids, hashes=hashes, lease=lease)
         if rows:
             self.release(lease, [event_id for (event_id,) in rows], _LATER_SECONDS)
@@ -212,7 +209,7 @@ class Queue:
             queries.WRITE,
             event_ids=[event.event_id for event, _ in done],
             versions=[event.version for event, _ in done],
-            hashes=[content_hash(event.text) for event, _ in done],
+            hashes=[event.content_hash for event, _ in done],
             embeddings=Vectors(np.stack([vector for _, vector in done])),
             lease=lease,
             model=model,

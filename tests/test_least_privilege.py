@@ -89,7 +89,6 @@ _PARAMETERS = {
     "since": None,
     "start": None,
     "versions": [1],
-    "with_input": True,
     "worker": 1,
 }
 

@@ -577,8 +577,8 @@ def test_an_insert_over_the_row_of_a_deleted_event_is_neither_discarded_nor_park
     ("statement", "parameters", "scans"),
     [
         (
-            queries.TAKE,
-            {"position": "(9,1)", "with_input": True},
+            queries.TAKE_AND_READ,
+            {"position": "(9,1)"},
             ["Tid Range Scan on change", "iot_events_pkey on iot_events"],
         ),
         (

@@ -188,9 +188,10 @@ def watermark(_: Database, patch: pytest.MonkeyPatch) -> None:
 
 def no_version_fence(_: Database, patch: pytest.MonkeyPatch) -> None:
     """A change fences nobody out, and the write compares neither version nor text."""
-    before, fence = queries.TAKE.split("do update set")
-    after = fence.split("returning", 1)[1]
-    patch.setattr(queries, "TAKE", f"{before}do nothing returning{after}")
+    for name in ("TAKE", "TAKE_AND_READ"):
+        before, fence = getattr(queries, name).split("do update set")
+        after = fence.split("returning", 1)[1]
+        patch.setattr(queries, name, f"{before}do nothing returning{after}")
     patch.setattr(queries, "WRITE", without(queries.WRITE, _VERSION, _TEXT))
 
 
