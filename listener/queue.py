@@ -152,14 +152,12 @@ class Queue:
         deleted = [event_id for event_id, _, is_deleted, _ in rows if is_deleted]
         if deleted:
             self._execute(queries.DISCARD, event_ids=deleted, lease=claim.lease)
-        return [
-            *claim.already_read,
-            *(
-                Event(event_id, version, text)
-                for event_id, version, is_deleted, text in rows
-                if not is_deleted
-            ),
+        found = [
+            Event(event_id, version, text)
+            for event_id, version, is_deleted, text in rows
+            if not is_deleted
         ]
+        return [*claim.already_read, *found]
 
     def write(
         self, lease: int, events: Sequence[Event], vectors: Sequence[Vector], model: str

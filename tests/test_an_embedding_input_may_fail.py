@@ -163,7 +163,7 @@ def test_events_that_together_take_too_long_are_written_in_parts(
 def test_a_lock_that_is_waited_for_fails_no_event(
     database: Database, service_session: Connection, queue: Queue
 ) -> None:
-    """It is no event's fault, however long somebody holds it."""
+    """It is no event's fault, however long somebody holds it, and no matter if nothing is new."""
     service_session.execute("set lock_timeout = '100ms'")
     database.insert("an event")
 
