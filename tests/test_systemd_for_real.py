@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,7 +110,10 @@ class Unit:
 
     def wait_to_say(self, words: str) -> None:
         """The journal takes a line in a moment after it was written."""
-        wait_until(lambda: words in self.log())
+        with suppress(AssertionError):
+            wait_until(lambda: words in self.log())
+        log = self.log()
+        assert words in log, log
 
     def restarts(self) -> int:
         return int(self.show("NRestarts"))
