@@ -576,18 +576,15 @@ def test_an_insert_over_the_row_of_a_deleted_event_is_neither_discarded_nor_park
 @pytest.mark.parametrize(
     ("statement", "parameters", "scans"),
     [
+        (queries.TAKE, {"position": "(9,1)"}, ["Tid Range Scan on change"]),
         (
             queries.TAKE_AND_READ,
             {"position": "(9,1)"},
             ["Tid Range Scan on change", "iot_events_pkey on iot_events"],
         ),
-        (
-            queries.CLAIM,
-            {"backfill_events": 9, "most_deaths": 5},
-            ["queue_lane_due_at_idx"],
-        ),
+        (queries.CLAIM, {"backfill_events": 9, "most_deaths": 5}, ["queue_lane_due_at_idx"]),
     ],
-    ids=["changes", "queue"],
+    ids=["changes", "changes and texts", "queue"],
 )
 def test_a_claim_reads_no_more_than_it_needs(
     database: Database, statement: str, parameters: dict[str, object], scans: list[str]
