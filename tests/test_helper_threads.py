@@ -106,7 +106,7 @@ def test_a_core_is_idle_unless_as_many_threads_run_as_there_are_cores(
     cores = len(os.sched_getaffinity(0))
     monkeypatch.setattr(helper_threads, "_running", lambda: cores - 1)
     assert threads.have_idle_cores()
-    assert not HelperThreads(lambda: None).have_idle_cores()
+    assert not HelperThreads(burn).have_idle_cores()
 
     monkeypatch.setattr(helper_threads, "_running", lambda: cores)
     assert not threads.have_idle_cores()
