@@ -337,7 +337,7 @@ def test_openvinos_memory_stops_growing_with_the_shapes_that_it_has_met(
     )
 
     mebibytes = [float(line) for line in finished.stdout.splitlines()]
-    start, middle, end = mebibytes[0], mebibytes[4], mebibytes[8]
+    start, middle, end = mebibytes[::4]
     assert end - middle < (middle - start) / 2, mebibytes
 
 

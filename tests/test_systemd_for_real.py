@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,10 +110,11 @@ class Unit:
 
     def wait_to_say(self, words: str) -> None:
         """The journal takes a line in a moment after it was written."""
-        with suppress(AssertionError):
+        try:
             wait_until(lambda: words in self.log())
-        log = self.log()
-        assert words in log, log
+        except AssertionError as late:
+            late.add_note(self.log())
+            raise
 
     def restarts(self) -> int:
         return int(self.show("NRestarts"))
