@@ -47,7 +47,7 @@ def _is_text_like(column: Column) -> bool:
 
 def expression(columns: Sequence[str]) -> str:
     """The bare value of one column; `name: value` lines of several, without the empty ones."""
-    parts = {name: f"event.{sql.Identifier(name).as_string()}::text" for name in columns}
+    parts = {name: f"event.{sql.Identifier(name).as_string()}::pg_catalog.text" for name in columns}
     if len(parts) == 1:
         return parts[columns[0]]
     lines = [
@@ -62,5 +62,6 @@ def expression(columns: Sequence[str]) -> str:
 
 def is_replaced(facts: Facts, columns: Sequence[str]) -> bool:
     """Whether embedding_input is another one than an install makes for these columns."""
-    # One with a body in the SQL standard's form has an empty source.
-    return (facts.input_source or "").strip() != f"select {expression(columns)}"
+    # One with a body in the SQL standard's form has an empty source. Once the type had no schema.
+    source = (facts.input_source or "").strip().replace("::pg_catalog.text", "::text")
+    return source != f"select {expression(columns)}".replace("::pg_catalog.text", "::text")

@@ -176,7 +176,7 @@ def _is_needed(
         replaced = is_replaced(facts, step.columns or ())
         if replaced and not columns_given:
             notes.append("listener.embedding_input was replaced by you; it is left as it is")
-        return replaced and columns_given
+        return columns_given if replaced else changed
     return changed
 
 

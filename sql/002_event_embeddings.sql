@@ -26,9 +26,14 @@ begin
     constraint event_embeddings_event_id_fkey foreign key (event_id)
       references public.iot_events (id) on update cascade on delete cascade
   );
-  v_to_close := v_to_close or not (
-    select c.relrowsecurity from pg_catalog.pg_class c
+  -- One of a version that had no policy; with it, row security is off because you switched it off.
+  v_to_close := v_to_close or not exists (
+    select from pg_catalog.pg_class c
     where c.oid = 'public.event_embeddings'::regclass
+      and (c.relrowsecurity or exists (
+        select from pg_catalog.pg_policy p
+        where p.polrelid = c.oid and p.polname = 'event_embeddings_as_events'
+      ))
   );
   v_has_moved := not exists (
     select from pg_catalog.pg_constraint c

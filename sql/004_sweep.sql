@@ -82,8 +82,8 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_from jsonb := coalesce(
-    p_from::jsonb,
+  v_from pg_catalog.jsonb := coalesce(
+    p_from::pg_catalog.jsonb,
     (select @position@ from public.iot_events e order by @newest_first@ limit 1)
   );
 begin
@@ -106,7 +106,7 @@ begin
     n.event_id,
     n.content_hash,
     n.place,
-    (select last.position::text from numbered last where last.place = p_limit + 1)
+    (select last.position::pg_catalog.text from numbered last where last.place = p_limit + 1)
   from numbered n
   where n.place <= p_limit;
 end

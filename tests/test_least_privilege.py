@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import UUID
 
 import numpy as np
 import psycopg
@@ -12,6 +13,7 @@ import pytest
 
 from listener import install, queries
 from listener.catalogue import read_facts
+from listener.claim import EventId
 from listener.config import Settings
 from listener.database import Connection, connect
 from listener.embedded import Server
@@ -26,7 +28,7 @@ from tests.harness import (
     wait_until,
 )
 from tests.test_docs import ARCHITECTURE, table
-from tests.test_install import install_in, uninstall_in, with_events
+from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
 
 MakeServer = Callable[..., Server]
 
@@ -265,6 +267,38 @@ def test_a_write_through_the_views_is_planned_as_on_the_tables(database: Databas
         assert plan(conn, queries.WRITE) == plan(database.conn, bare)
 
 
+# Those with a name of their own; `integer`, `interval` and their like are grammar.
+_TYPES = ("bool", "bytea", "int8", "json", "jsonb", "oid", "text", "timestamptz", "uuid")
+
+
+@pytest.mark.parametrize(
+    ("key_type", "event_id"), [("bigint", 1), ("text", "1"), ("uuid", UUID(int=1))]
+)
+def test_a_callers_types_do_not_get_into_what_runs_with_the_owners_rights(
+    new_database: NewDatabase, key_type: str, event_id: EventId
+) -> None:
+    """Where no search path is set, types of the session come before those of the system."""
+    columns = f"id {key_type} primary key, n int, created_at timestamptz not null default now()"
+    with new_database() as url, with_events(url, columns) as database:
+        database.rows("create index on public.iot_events (created_at)")
+        install_in(database.conn)
+        with database.session() as conn:
+            caller = Database(database.settings, conn, database.owner)
+            for name in _TYPES:
+                caller.rows(f"create domain pg_temp.{name} as pg_catalog.{name} check (false)")
+            caller.rows("insert into public.iot_events values (%s, 1)", event_id)
+            caller.rows("update public.iot_events set n = 2")
+            pages = caller.rows("select * from listener.page(null, 1, null)")
+            start = f'["infinity", "{event_id}"]'
+            assert caller.rows("select * from listener.page(%s, 1, null)", start) == pages
+            assert [(page[0], page[1] is None) for page in pages] == [(event_id, False)]
+            caller.rows("select listener.nearest(null, null, 1)")
+            caller.rows("select listener.latency(1)")
+            caller.rows("select listener.compact()")
+
+        assert database.value("select count(*) from listener.change") == 2
+
+
 # --- readers and row-level security --------------------------------------------------------------
 
 
@@ -348,6 +382,18 @@ def test_the_operators_policies_and_grants_outlive_an_install(database: Database
         assert seen_by(database, analyst) == []
         policies = database.rows("select polname from pg_policy")
     assert policies == [("mine",)]
+
+
+def test_a_table_that_the_operator_opened_stays_open(database: Database) -> None:
+    """To switch row-level security on again would cut readers off."""
+    database.rows("alter table public.event_embeddings disable row level security")
+    database.rows("grant select on public.event_embeddings to public")
+    database.rows("update listener.applied set digest = 'of an earlier version'")
+
+    install_in(database.conn)
+
+    opened = "select relrowsecurity, relacl::text ~ '[{,]=r/' from pg_class where relname = %s"
+    assert database.rows(opened, "event_embeddings") == [(False, True)]
 
 
 @pytest.mark.parametrize("table", ["iot_events", "event_embeddings"])
