@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
+from listener.database import Connection
 from listener.queue import Queue
+from listener.status import count_pending_since
 
 _PAGE = 2_000
 
@@ -45,7 +47,7 @@ def queue_events(
 
 
 def follow(
-    queue: Queue,
+    conn: Connection,
     moment: float,
     progress: Callable[[int, float], None],
     is_over: Callable[[], bool],
@@ -57,7 +59,7 @@ def follow(
     does.
     """
     asked = time.monotonic()
-    left = first = queue.pending_since(moment)
+    left = first = count_pending_since(conn, moment)
     began = time.monotonic()
     took = began - asked
     if left:
@@ -68,7 +70,7 @@ def follow(
         while time.monotonic() < again and not is_over():
             time.sleep(seconds)
         looked = time.monotonic()
-        left = queue.pending_since(moment)
+        left = count_pending_since(conn, moment)
         took = time.monotonic() - looked
         rate = (first - left) / (time.monotonic() - began)
         progress(left, max(rate, 0.0))

@@ -8,6 +8,7 @@ from uuid import UUID
 
 import numpy as np
 
+from listener.blame import require_input
 from listener.catalogue import Facts, read_facts
 from listener.checks_link import check_clock, check_notify, check_server, check_tls, no_connection
 from listener.checks_reading import check_search, check_workers
@@ -17,7 +18,7 @@ from listener.database import Connection, connect
 from listener.embedder import load_embedder
 from listener.errors import ListenerError
 from listener.finding import Finding
-from listener.install import require_input, verify
+from listener.install import verify
 from listener.preflight import events_problem, rights_problem
 from listener.queue import Queue
 

@@ -29,7 +29,7 @@ from listener.logs import configure_logs
 from listener.model import fetch, locate
 from listener.queue import Queue
 from listener.report import Report, require_reports_dir, write_report
-from listener.status import other_model, read_workers
+from listener.status import count_parked, count_pending, other_model, read_workers
 from listener.stop import Stop
 
 # On a machine that it shares with the database, writers come first: where they leave no processor
@@ -121,15 +121,15 @@ def backfill_command(
         if problem := other_model(read_workers(conn), model):
             raise ConfigError(problem)
         queue = Queue(conn, settings, None)
-        before = queue.pending()
+        before = count_pending(conn)
         queued = queue_events(queue, model, last, moment, _tell_queued)
         orphans = queue.delete_orphans() if everything else 0
         steps = [
             f"looked at {queued.scanned} events, queued {queued.queued}",
             f"deleted {orphans} embeddings of events that are gone",
         ]
-        end = _drain(conn, queue, settings, work=work)
-        left = queue.pending()
+        end = _drain(conn, settings, work=work)
+        left = count_pending(conn)
     report = Report(
         "backfill",
         [f"pending: {before}"],
@@ -154,7 +154,7 @@ def _tell_queued(scanned: int, queued: int) -> None:
     say(f"looked at {scanned}, queued {queued}")
 
 
-def _drain(conn: Connection, queue: Queue, settings: Settings, *, work: bool) -> str:
+def _drain(conn: Connection, settings: Settings, *, work: bool) -> str:
     """Follow the drain, by the service or by ourselves. Returns how that ended."""
     # Imports rich.
     from listener.live import progress
@@ -164,22 +164,27 @@ def _drain(conn: Connection, queue: Queue, settings: Settings, *, work: bool) ->
     worker = threading.Thread(target=_work, args=(settings, stop, failures), name="worker")
     if work:
         worker.start()
-    elif not read_workers(conn) and queue.pending():
+    elif not read_workers(conn) and count_pending(conn):
         say(
             "no service is seen (one behind a pooler may not be); start `listener run`, "
             "or add --work to embed here"
         )
         return "not followed: no service is seen"
-    with progress() as tell:
-        follow(
-            queue,
-            read_clock(conn),
-            tell,
-            lambda: stop.is_set() or (work and not worker.is_alive()),
-            seconds=1.0,
-        )
-    if work:
-        worker.join()
+    try:
+        with progress() as tell:
+            follow(
+                conn,
+                read_clock(conn),
+                tell,
+                lambda: stop.is_set() or (work and not worker.is_alive()),
+                seconds=1.0,
+            )
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        if work:
+            worker.join()
     if failures:
         raise failures[0]
     return "stopped before the end" if stop.is_set() else "followed to the end"
@@ -203,9 +208,9 @@ def retry_command(ids: tuple[str, ...], everything: bool) -> None:
     require_reports_dir(settings)
     with connect(settings, "listener-retry") as conn:
         queue = Queue(conn, settings, None)
-        before = queue.parked()
+        before = count_parked(conn)
         retried = queue.retry(None if everything else ids)
-        after = queue.parked()
+        after = count_parked(conn)
     if retried:
         report = Report(
             "retry",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -33,18 +33,17 @@ from listener.errors import ConfigError, ConnectionLost, SchemaError, StatementT
 from listener.logs import log, redact
 from listener.stop import Stop
 
-T = TypeVar("T")
-
 # The server gives a statement of the service up after 8 s and says so; silence for longer is a
 # dead link, which keepalives alone don't find where a proxy or a stopped server answers them.
 _ANSWER_SECONDS = 10.0
 
-# SQLSTATE classes of which no single row is the cause: the connection, the transaction, the
-# statement itself, the server's state and resources, other servers. All the rest one row can bring
-# about, by what is in it or by an embedding_input of the operator's own, whose codes are free.
+# SQLSTATEs, or classes of them, of which no single row is the cause: the connection, the
+# transaction, the statement itself, the server's state and resources, other servers. All the rest
+# one row can bring about, by what is in it or by an embedding_input of the operator's own, whose
+# codes are free.
 _NOT_OF_A_ROW = {
     *("08", "0A", "25", "26", "28", "34", "3D", "3F", "40", "42"),
-    *("53", "55", "57", "58", "72", "F0", "HV"),
+    *("53", "55006", "55P02", "55P03", "55P04", "57", "58", "72", "F0", "HV"),
 }
 
 # A dead peer is noticed after idle + interval * count = 19 s; unsent data after 10 s.
@@ -167,7 +166,7 @@ def read_clock(conn: Connection) -> float:
 def translated() -> Iterator[None]:
     """Turn the driver's errors into the class that says what happens next.
 
-    Those that a single row can cause pass through, for `in_parts`.
+    Those that a single row can cause pass through, for `blame.in_parts`.
     """
     try:
         yield
@@ -192,53 +191,21 @@ def translated() -> Iterator[None]:
             "the server is read-only: a standby or a failed-over primary"
         ) from error
     except errors.QueryCanceled as error:
-        raise StatementTimeout(_describe(error)) from error
+        raise StatementTimeout(describe(error)) from error
     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-        if _is_of_a_row(error):
+        if is_of_a_row(error):
             raise
-        raise ConnectionLost(_describe(error)) from error
+        raise ConnectionLost(describe(error)) from error
 
 
-def in_parts(
-    items: Sequence[T],
-    run: Callable[[Sequence[T]], list[Any]],
-    fail: Callable[[T, str], None],
-    has_session: bool,
-) -> list[Any]:
-    """What `run` gives for all, or for halves of what is refused or takes too long.
-
-    An item that is so by itself is failed with the reason. Where the server is slow with all it
-    does, that takes too long as well, and raises. Without a session of the service's own, what took
-    too long may just have waited for a lock; then it raises at once.
-    """
-    if not items:
-        return []
-    try:
-        return run(items)
-    except StatementTimeout as error:
-        if not has_session:
-            raise
-        reason = str(error)
-    except psycopg.Error as error:
-        if not _is_of_a_row(error):
-            raise
-        reason = _describe(error)
-    if len(items) == 1:
-        fail(items[0], reason)
-        return []
-    half = len(items) // 2
-    return [
-        *in_parts(items[:half], run, fail, has_session),
-        *in_parts(items[half:], run, fail, has_session),
-    ]
-
-
-def _is_of_a_row(error: psycopg.Error) -> bool:
+def is_of_a_row(error: psycopg.Error) -> bool:
+    """Whether a single row can be the cause, by the SQLSTATE."""
     state = error.diag.sqlstate
-    return state is not None and state[:2] not in _NOT_OF_A_ROW
+    return state is not None and not {state, state[:2]} & _NOT_OF_A_ROW
 
 
-def _describe(error: psycopg.Error) -> str:
+def describe(error: psycopg.Error) -> str:
+    """The error's name and first line."""
     message = error.diag.message_primary or " ".join(str(error).split())
     return f"{type(error).__name__}: {message}"
 

@@ -12,7 +12,7 @@ from psycopg import sql
 from listener.catalogue import Facts, read_facts
 from listener.columns import choose_columns, is_replaced
 from listener.database import Connection, translated
-from listener.errors import SchemaError, StatementTimeout
+from listener.errors import SchemaError
 from listener.patience import patiently
 from listener.preflight import embeddings_problem, hidden_problem
 from listener.template import Step, fill, placeholders, sql_files, sql_text
@@ -55,8 +55,6 @@ where to_regclass(n.name) is null
     where s.nspname || '.' || p.proname = n.name
   )
 """
-# A function is not looked into before it is called.
-_TRY_INPUT = "select listener.embedding_input(null)"
 
 
 @dataclass(frozen=True)
@@ -235,26 +233,6 @@ def verify(conn: Connection) -> Facts:
             "`listener backfill --all`"
         )
     return facts
-
-
-def require_input(conn: Connection) -> None:
-    """Raise SchemaError if embedding_input reads a column or calls a function that isn't there.
-
-    Takes a lock on iot_events that only DDL makes wait.
-    """
-    try:
-        with translated():
-            conn.execute(_TRY_INPUT)
-    except SchemaError as error:
-        cause = error.__cause__
-        reason = cause.diag.message_primary if isinstance(cause, psycopg.Error) else error
-        raise SchemaError(
-            f"listener.embedding_input can't be evaluated ({reason}); if a column is gone, run "
-            "`listener install --columns …`; put one of your own right"
-        ) from error
-    except (StatementTimeout, psycopg.DatabaseError):
-        # One of the user's own may fail on a row of nulls, which no event is.
-        return
 
 
 def plan_uninstall(facts: Facts, drop_embeddings: bool) -> Plan:

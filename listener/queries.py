@@ -402,6 +402,10 @@ from held h
 where q.event_id = h.event_id
 """
 
+# A function is not looked into before it is called.
+TRY_INPUT = "select listener.embedding_input(null)"
+FORGET_PLANS = "discard plans"
+
 # Events that READ found deleted. Asked again with a fresh snapshot: one that came back with the
 # same id has a new version or is visible now, and stays.
 DISCARD = """

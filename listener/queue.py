@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -14,11 +14,12 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from listener import queries
+from listener.blame import in_parts, require_input, works_without_events
 from listener.claim import Claim, Event, EventId, Vector
 from listener.config import Settings
 from listener.counters import counters
-from listener.database import Connection, Vectors, in_parts, translated
-from listener.errors import ConnectionLost
+from listener.database import Connection, Vectors, translated
+from listener.errors import ConnectionLost, SchemaError
 from listener.health import health
 from listener.logs import log
 
@@ -34,6 +35,7 @@ _FIRST_PLACE = "(0,0)"
 _LOOK_BACK_SECONDS = 1.0
 # By how many deaths an event has been claimed alone once; before, its mates may be to blame.
 _FIRST_ALONE = 3
+_NOBODYS_LEASE = 0
 
 
 @dataclass(frozen=True)
@@ -95,22 +97,20 @@ class Queue:
         )
 
     def _take(self, position: str, events: int) -> list[Any]:
-        parameters = {
-            "position": position,
-            "events": events,
-            "lease_seconds": self._settings.lease_seconds,
-            "worker": self._worker,
-        }
+        seconds, worker = self._settings.lease_seconds, self._worker
+        given = {"position": position, "events": events, "lease_seconds": seconds, "worker": worker}
         # In a transaction, as that of `listener check`, a failure could not be tried again.
         if self._conn.info.transaction_status == TransactionStatus.IDLE:
             try:
-                return self._execute(queries.TAKE_AND_READ, **parameters)
-            except (psycopg.Error, ConnectionLost):
+                return self._execute(queries.TAKE_AND_READ, **given)
+            except (psycopg.Error, ConnectionLost, SchemaError) as error:
                 if self._conn.closed:
                     raise
+                if isinstance(error, SchemaError):
+                    require_input(self._conn)
                 # It is embedding_input, and `read` will find out on which event; or somebody locks
                 # iot_events, which is no matter if nothing is new.
-        return [(*row, None) for row in self._execute(queries.TAKE, **parameters)]
+        return [(*row, None) for row in self._execute(queries.TAKE, **given)]
 
     def _claim_due(self, events: int, backfill_events: int) -> Claim | None:
         rows = self._execute(
@@ -140,15 +140,15 @@ class Queue:
         Deleted events leave the queue here; one on which embedding_input fails does so alone.
         """
 
-        def read(event_ids: Sequence[EventId]) -> list[Any]:
-            return self._execute(queries.READ, event_ids=list(event_ids), lease=claim.lease)
+        def read(event_ids: Sequence[EventId], lease: int) -> list[Any]:
+            return self._execute(queries.READ, event_ids=list(event_ids), lease=lease)
 
         def fail(event_id: EventId, reason: str) -> None:
             self.fail(claim.lease, [event_id], f"embedding_input: {reason}")
 
         known = {event.event_id for event in claim.already_read}
         unread = [event_id for event_id in claim.event_ids if event_id not in known]
-        rows = in_parts(unread, read, fail, self._worker is not None)
+        rows = self._in_parts(claim.lease, unread, read, fail)
         deleted = [event_id for event_id, _, is_deleted, _ in rows if is_deleted]
         if deleted:
             self._execute(queries.DISCARD, event_ids=deleted, lease=claim.lease)
@@ -168,7 +168,7 @@ class Queue:
         those still ours are given back for a while. A row that the database refuses fails alone.
         """
 
-        def write(done: Sequence[tuple[Event, Vector]]) -> list[EventId]:
+        def write(done: Sequence[tuple[Event, Vector]], lease: int) -> list[EventId]:
             return self._write(lease, done, model)
 
         def fail(done: tuple[Event, Vector], reason: str) -> None:
@@ -178,7 +178,7 @@ class Queue:
         left = list(zip(events, vectors, strict=True))
         for seconds in (0.0, *_PASSING_LOCK_SECONDS):
             time.sleep(seconds)
-            stored.update(in_parts(left, write, fail, self._worker is not None))
+            stored.update(self._in_parts(lease, left, write, fail))
             if len(stored) == len(events):
                 return stored
             ours = self._still_ours(lease, [e for e, _ in left])
@@ -276,17 +276,20 @@ class Queue:
         """Wake a worker, whatever the gate says, to what was given back or put back."""
         self._execute(queries.NOTIFY, channel="listener", payload="")
 
-    def pending(self) -> int:
-        """How many events wait, parked ones not counted."""
-        return int(self._execute(queries.PENDING)[0][0])
-
-    def pending_since(self, moment: float) -> int:
-        """How many events have waited since then or longer; by the database's clock."""
-        return int(self._execute(queries.PENDING_SINCE, moment=moment)[0][0])
-
-    def parked(self) -> int:
-        """How many events are parked."""
-        return int(self._execute(queries.PARKED_COUNT)[0][0])
+    def _in_parts(
+        self,
+        lease: int,
+        items: Sequence[Any],
+        run: Callable[[Sequence[Any], int], list[Any]],
+        fail: Callable[[Any, str], None],
+    ) -> list[Any]:
+        return in_parts(
+            items,
+            lambda some: run(some, lease),
+            fail,
+            self._worker is not None,
+            lambda: works_without_events(self._conn, lambda: run(items, _NOBODYS_LEASE)),
+        )
 
     def _execute(self, statement: str, **parameters: Any) -> list[Any]:
         health.progressed()

@@ -51,6 +51,28 @@ def read_backlog(conn: Connection) -> Backlog:
     return Backlog(*row)
 
 
+def count_pending(conn: Connection) -> int:
+    """How many events wait, parked ones not counted."""
+    return _count(conn, queries.PENDING)
+
+
+def count_pending_since(conn: Connection, moment: float) -> int:
+    """How many events have waited since then or longer; by the database's clock."""
+    return _count(conn, queries.PENDING_SINCE, moment=moment)
+
+
+def count_parked(conn: Connection) -> int:
+    """How many events are parked."""
+    return _count(conn, queries.PARKED_COUNT)
+
+
+def _count(conn: Connection, statement: str, **parameters: float) -> int:
+    with translated():
+        row = conn.execute(statement, parameters).fetchone()
+    assert row is not None  # noqa: S101  an aggregate has one row
+    return int(row[0])
+
+
 def read_workers(conn: Connection) -> list[dict[str, Any]]:
     """The workers that live. One behind a pooler may not be seen."""
     with translated(), conn.cursor(row_factory=dict_row) as cursor:

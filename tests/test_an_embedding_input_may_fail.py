@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from listener import queries
+from listener.counters import counters
 from listener.database import Connection
-from listener.errors import ConnectionLost
+from listener.errors import ConnectionLost, SchemaError
 from listener.queue import Queue
 from tests.harness import (
     Database,
@@ -34,6 +35,14 @@ FAILURES = {
     "ExternalRoutineException": "raise external_routine_exception",
     "StatementTooComplex": "perform listener.embedding_input(event)",
     "InternalError_": "raise internal_error",
+    # For which else the schema is blamed: names and statements made of what is in the event.
+    "UndefinedTable": "perform event.message::regclass",
+    "UndefinedObject": "perform event.message::regconfig",
+    "InvalidSchemaName": "perform event.message::regnamespace",
+    "InsufficientPrivilege": "raise insufficient_privilege",
+    "SyntaxError": "execute 'select ' || event.message || ' from'",
+    "FeatureNotSupported": "perform array_position(array[[1]], 1)",
+    "ObjectNotInPrerequisiteState": "raise object_not_in_prerequisite_state",
 }
 
 
@@ -122,6 +131,34 @@ def test_a_row_whose_embedding_input_raises_is_parked_and_its_mates_are_stored(
     assert [row[0] for row in database.queue()] == [bad, good]
     assert "division by zero" in database.queue()[0][6]
     assert set(database.embedded()) == {good}
+
+
+def test_a_right_that_is_missing_is_no_events_fault(database: Database, queue: Queue) -> None:
+    """Nor is anything else of which the statement fails without an event as well."""
+    database.insert("a", "b")
+    claim = claimed(queue)
+    events = queue.read(claim)
+    database.rows("revoke insert on listener.embedding from listener_worker")
+
+    with pytest.raises(SchemaError, match="a right is missing"):
+        store(queue, claim, events)
+
+    assert {row[3:] for row in database.queue()} == {(1, True, False, None)}
+
+
+def test_a_column_that_gets_another_type_fails_no_event(database: Database) -> None:
+    """PostgreSQL 18 would go on with the plan of embedding_input that a session has."""
+    failed = counters.failed_attempts
+    with serving(database):
+        database.insert("before")
+        wait_until(lambda: len(database.embedded()) == 1)
+        database.rows("alter table public.iot_events alter severity type varchar(50)")
+        database.insert("after")
+        wait_until(lambda: len(database.embedded()) == 2)
+        database.wait_for_rest()
+
+        assert counters.failed_attempts == failed
+        assert database.value("select last_value from listener.worker_token") == 1
 
 
 def test_an_event_that_it_takes_too_long_on_is_parked_and_its_mates_are_stored(
