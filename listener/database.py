@@ -190,6 +190,8 @@ def translated() -> Iterator[None]:
         raise ConnectionLost(
             "the server is read-only: a standby or a failed-over primary"
         ) from error
+    except (errors.TransactionTimeout, errors.IdleInTransactionSessionTimeout) as error:
+        raise ConnectionLost(describe(error)) from error
     except errors.QueryCanceled as error:
         raise StatementTimeout(describe(error)) from error
     except (psycopg.OperationalError, psycopg.InterfaceError) as error:

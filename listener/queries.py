@@ -33,6 +33,12 @@ select
   pg_catalog.set_config('enable_seqscan', 'off', false),
   -- Before PostgreSQL 18 the few plans left that read a small table whole would now be compiled.
   pg_catalog.set_config('jit', 'off', false),
+  -- Since PostgreSQL 17; it would end the session.
+  (
+    select pg_catalog.set_config(s.name, '0', false)
+    from pg_catalog.pg_settings s
+    where s.name = 'transaction_timeout'
+  ),
   -- A commit of ours that a crash undoes takes vector and acknowledgement back together, so the
   -- event is pending again: nothing is lost by not waiting for the disk.
   pg_catalog.set_config('synchronous_commit', 'off', false)
@@ -328,9 +334,12 @@ from listener.queue q
 where q.event_id = any(%(event_ids)s) and q.lease = %(lease)s
 """
 
-# Those whose text is another one by now; its change waits, or was made behind the triggers.
+# Those whose text is another one by now. The change waits, or it was made behind the triggers, or
+# there is none, and the text reads differently each time.
 OUTDATED = """
-select q.event_id
+select
+  q.event_id,
+  exists (select from listener.change c where c.event_id = q.event_id) as has_changed
 from unnest(%(event_ids)s, %(hashes)s::bytea[]) as d (event_id, content_hash)
 join listener.queue q on q.event_id = d.event_id and q.lease = %(lease)s
 join listener.event e on e.id = d.event_id

@@ -191,14 +191,16 @@ class Queue:
     def _still_ours(self, lease: int, events: Sequence[Event]) -> set[EventId]:
         """Those whose lease holds, that weren't deleted and whose text is the same.
 
-        One with another text is given back to be read again.
+        One with another text is given back to be read again; without a change of it, as failed.
         """
         event_ids = [event.event_id for event in events]
         self._execute(queries.DISCARD, event_ids=event_ids, lease=lease)
         hashes = [event.content_hash for event in events]
         rows = self._execute(queries.OUTDATED, event_ids=event_ids, hashes=hashes, lease=lease)
-        if rows:
-            self.release(lease, [event_id for (event_id,) in rows], _LATER_SECONDS)
+        if changed := [event_id for event_id, has_changed in rows if has_changed]:
+            self.release(lease, changed, _LATER_SECONDS)
+        if others := [event_id for event_id, has_changed in rows if not has_changed]:
+            self.fail(lease, others, "its text reads differently than when it was encoded")
         rows = self._execute(queries.STILL_LEASED, event_ids=event_ids, lease=lease)
         return {event_id for (event_id,) in rows}
 

@@ -197,6 +197,35 @@ def test_events_that_together_take_too_long_are_written_in_parts(
     assert sorted(store(queue, claim, queue.read(claim)), key=str) == ids
 
 
+def test_an_event_whose_text_is_another_each_time_is_parked(database: Database) -> None:
+    """It would be encoded again and again, and never be stored."""
+    replace_input(database, "return event.message || clock_timestamp()")
+    database = database.with_settings(max_attempts=2, retry_seconds=0.01)
+
+    bad, good = database.insert("bad", "good")
+    with serving(database):
+        wait_until(lambda: any(row[5] for row in database.queue()))
+
+    assert [(row[0], row[3], row[5]) for row in database.queue()] == [(bad, 2, True)]
+    assert "reads differently" in database.queue()[0][6]
+    assert set(database.embedded()) == {good}
+
+
+def test_a_transaction_time_out_of_the_database_ends_no_session(database: Database) -> None:
+    """The service has its own limits; one that ends the session would end each that follows."""
+    if database.conn.info.server_version < 170000:
+        pytest.skip("since PostgreSQL 17")
+    replace_input(database, "perform pg_catalog.pg_sleep(0.4); return event.message")
+    database.rows(f"alter database {database.conn.info.dbname} set transaction_timeout = '200ms'")
+
+    database.insert("bad")
+    with serving(database):
+        database.wait_for_rest()
+
+        assert len(database.embedded()) == 1
+        assert database.value("select last_value from listener.worker_token") == 1
+
+
 def test_a_lock_that_is_waited_for_fails_no_event(
     database: Database, service_session: Connection, queue: Queue
 ) -> None:

@@ -10,11 +10,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from listener.config import MOST_EVENTS, Settings
+from listener.database import connect
+from listener.embedded import Server
 from listener.errors import ConfigError
 from listener.model import locate
 from listener.report import Report, require_reports_dir, write_report
@@ -23,6 +26,7 @@ from tests.harness import (
     Database,
     TinyEmbedder,
     environment,
+    install_demo,
     listener,
     serving,
     wait_until,
@@ -243,6 +247,26 @@ def test_backfill_without_a_service_says_who_could_work(static: Database) -> Non
     assert "--work" in finished.stderr
     (report,) = static.settings.reports_dir.glob("*_backfill.md")
     assert "not followed: no service is seen" in report.read_text()
+
+
+def test_a_backfill_that_loses_its_connection_takes_its_worker_along(
+    static: Database, make_server: Callable[..., Server], spawn: Callable[..., Command]
+) -> None:
+    """While the database stays away, that would look for it for ever."""
+    server = make_server()
+    settings = replace(static.settings, database_url=server.url())
+    with connect(settings, "listener-test") as conn:
+        install_demo(conn)
+        Database(settings, conn, settings).insert("a")
+        conn.execute("begin; lock table public.event_embeddings in share row exclusive mode")
+        backfill = spawn(settings, "backfill", "--last", "1", "--work")
+        backfill.wait_for("1 pending")
+
+        server.stop("immediate")
+        conn.close()
+
+        wait_until(lambda: backfill.process.poll() is not None)
+    assert backfill.process.returncode == 2
 
 
 def test_a_backfill_whose_worker_fails_fails(static: Database, tmp_path: Path) -> None:

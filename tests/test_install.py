@@ -520,7 +520,7 @@ def test_a_column_that_is_gone_is_named_and_the_events_wait_for_a_new_install(
     listener(static.settings, "run", "--once")
 
     assert (run.returncode, check.returncode) == (3, 3)
-    assert "run `listener install`" in run.stderr
+    assert "run `listener install --columns" in run.stderr
     assert "listener.embedding_input can't be evaluated (" in check.stdout
     assert refused.returncode == 3
     assert "iot_events has no column message" in refused.stderr

@@ -469,6 +469,26 @@ def test_after_created_at_was_dropped_an_install_brings_the_order_of_the_sweep_b
     database.assert_invariant()
 
 
+def test_where_created_at_has_become_null_a_sweep_says_so_instead_of_finding_nothing(
+    database: Database,
+) -> None:
+    """A null comes first in the order by time, and nothing comes after it."""
+    database.rows("alter table public.iot_events alter created_at drop not null")
+    database.insert("a")
+    database.rows("update public.iot_events set created_at = null")
+
+    with (
+        pytest.raises(SchemaError, match="ordered by created_at, and it is null in some"),
+        serving(database, once=True) as service,
+    ):
+        service.thread.join()
+    install_in(database.conn)
+    with serving(database, once=True) as service:
+        service.thread.join()
+
+    database.assert_invariant()
+
+
 @contextmanager
 def plain_owner(server: Server) -> Iterator[tuple[Database, Connection]]:
     """A table whose owner may create no role, on a server without ours; and an administrator."""

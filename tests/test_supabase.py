@@ -224,6 +224,23 @@ def test_a_table_that_an_event_trigger_closes_at_birth_gets_its_policy_all_the_s
             assert database.value(may, api_role) is False
 
 
+def test_an_event_trigger_that_closes_every_table_does_not_close_ours_to_writers(
+    new_project: NewProject,
+) -> None:
+    """Without a policy nobody but the owner could insert into listener.change."""
+    with new_project() as database:
+        url = database.owner.database_url.replace(f"//{PROJECT}@", "//postgres@")
+        everywhere = _CLOSED_AT_BIRTH.replace("made.schema_name = 'public'", "true")
+        assert everywhere != _CLOSED_AT_BIRTH
+        with psycopg.connect(url, autocommit=True) as admin:
+            admin.execute(everywhere.encode())
+
+        install_in(database.conn)
+        database.insert("a")
+
+        assert len(database.queue()) == 1
+
+
 # --- the migration -------------------------------------------------------------------------------
 
 
