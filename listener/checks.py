@@ -16,7 +16,7 @@ from listener.claim import Claim, Event, EventId
 from listener.config import DIMENSION, Settings
 from listener.database import Connection, connect
 from listener.embedder import load_embedder
-from listener.errors import ListenerError
+from listener.errors import ListenerError, SchemaError
 from listener.finding import Finding
 from listener.install import verify
 from listener.preflight import events_problem, rights_problem
@@ -35,7 +35,11 @@ def run_checks(settings: Settings) -> Iterator[Finding]:
         except ListenerError as error:
             yield no_connection(settings, error)
             return
-        facts = read_facts(work)
+        try:
+            facts = read_facts(work)
+        except SchemaError as error:
+            yield Finding("rights", False, str(error), error.exit_code)
+            return
         yield Finding("connection", True, f"{facts.database} as {facts.role}")
         yield check_tls(work)
         server = check_server(facts)

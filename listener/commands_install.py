@@ -53,11 +53,9 @@ def _tell_steps(plan: install.Plan) -> None:
 
 
 def _tell_install(settings: Settings, before: Facts, plan: install.Plan, after: Facts) -> None:
-    _tell_steps(plan)
     if not plan.steps:
+        _tell_steps(plan)
         return
-    if before.input_source and before.input_source != after.input_source:
-        say("the embedded text changed; run `listener backfill --all`")
     report = Report(
         "install",
         facts_lines(before),
@@ -65,7 +63,12 @@ def _tell_install(settings: Settings, before: Facts, plan: install.Plan, after: 
         facts_lines(after),
         "`listener uninstall`, with `--drop-embeddings` if the vectors shall go too.",
     )
-    say(f"installed; report in {write_report(settings, report)}")
+    # First: who hears us may go away.
+    path = write_report(settings, report)
+    _tell_steps(plan)
+    if before.input_source and before.input_source != after.input_source:
+        say("the embedded text changed; run `listener backfill --all`")
+    say(f"installed; report in {path}")
 
 
 @click.command("uninstall", cls=Command, settings=(*DATABASE, "reports_dir"))
@@ -76,6 +79,9 @@ def uninstall_command(drop_embeddings: bool) -> None:
     require_reports_dir(settings)
     with connect(settings, "listener-uninstall") as conn:
         before = read_facts(conn)
+        if not (before.schema_exists or before.triggers or before.embeddings_type):
+            say(f"nothing to do: the listener is not installed in database {before.database}")
+            return
         plan = install.plan_uninstall(before, drop_embeddings)
         install.apply_plan(conn, plan, say)
         after = read_facts(conn)

@@ -7,11 +7,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
+from io import StringIO
 from pathlib import Path
 from typing import Any, get_type_hints
 from urllib.parse import quote
 
 from dotenv import load_dotenv
+from dotenv.parser import parse_stream
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 
@@ -83,7 +85,7 @@ class Settings:
         10_000, "Texts whose vectors are kept in memory for reuse (about 2 kB each)."
     )
     lease_seconds: float = _setting(
-        60.0, "How long a claim holds without a sign of life.", at_least=1
+        60.0, "How long a claim holds without a sign of life.", at_least=1, at_most=86_400
     )
     encode_seconds: float = _setting(
         120.0, "A batch that takes longer hangs: the process ends, to be started again.", at_least=1
@@ -92,7 +94,10 @@ class Settings:
         5, "Attempts after which an event is parked.", at_least=1, at_most=1000
     )
     retry_seconds: float = _setting(
-        5.0, "Wait after an event's first failure; doubles up to an hour.", at_least=0.01
+        5.0,
+        "Wait after an event's first failure; doubles up to an hour.",
+        at_least=0.01,
+        at_most=3600,
     )
     poll_seconds: float = _setting(
         15.0, "Look at the queue this often even if no NOTIFY comes.", at_least=0.1
@@ -179,13 +184,28 @@ def load_settings() -> Settings:
     Raises ConfigError if a setting is out of range or `.env` can't be read.
     """
     try:
-        load_dotenv(Path.cwd() / ".env", override=False)
-    except (OSError, UnicodeDecodeError) as error:
+        _load(Path.cwd() / ".env")
+    # Also what is not in UTF-8, or has a zero byte.
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f".env in the current directory can't be read ({type(error).__name__}); it must be a "
             "file in UTF-8 that this account may read"
         ) from None
     return Settings.from_environment(os.environ)
+
+
+def _load(path: Path) -> None:
+    if not path.exists():
+        return
+    text = path.read_text("utf-8-sig")
+    # It would be left out with the library's own warning, and perhaps the database with it.
+    if wrong := [one.original.line for one in parse_stream(StringIO(text)) if one.error]:
+        raise ConfigError(
+            f".env in the current directory can't be read (line {wrong[0]} is no NAME=value); most "
+            "often a quote is not closed"
+        )
+    # As systemd reads it: a $ in a password is a $.
+    load_dotenv(stream=StringIO(text), override=False, interpolate=False)
 
 
 def expanded(name: str, path: str) -> Path:

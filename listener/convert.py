@@ -109,9 +109,11 @@ def _pooling(directory: Path) -> str:
         config = json.loads((directory / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return "not readable"
+    if not isinstance(config, dict):
+        return "not readable"
     if "pooling_mode" in config:
         modes = config["pooling_mode"]
-        return modes if isinstance(modes, str) else "+".join(modes)
+        return "+".join(map(str, modes)) if isinstance(modes, list) else str(modes)
     prefix, suffix = "pooling_mode_", "_tokens"
     chosen = [key for key, value in config.items() if key.startswith(prefix) and value is True]
     return "+".join(key.removeprefix(prefix).removesuffix(suffix) for key in chosen)

@@ -29,7 +29,13 @@ from tenacity import (
 
 from listener import queries
 from listener.config import Settings
-from listener.errors import ConfigError, ConnectionLost, SchemaError, StatementTimeout
+from listener.errors import (
+    ConfigError,
+    ConnectionLost,
+    ListenerError,
+    SchemaError,
+    StatementTimeout,
+)
 from listener.logs import log, redact
 from listener.stop import Stop
 
@@ -107,8 +113,12 @@ def connect(settings: Settings, name: str, *, as_service: bool = False) -> Conne
     if not as_service:
         # It may be a transaction pooler's, where the next server doesn't know what was prepared.
         conn.prepare_threshold = None
-    with translated():
-        register_vector(conn)
+    try:
+        with translated():
+            register_vector(conn)
+    except ListenerError:
+        conn.close()
+        raise
     return conn
 
 

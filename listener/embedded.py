@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import pwd
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 from listener.errors import ConfigError
 
@@ -56,10 +58,11 @@ class Server:
         if self.is_running():
             return
         # The socket directory is the server's own; TCP on loopback only.
-        flags = [f"-k {self.home}"]
+        # pg_ctl gives them to a shell.
+        flags = [f"-k {shlex.quote(str(self.home))}"]
         # Named always, or the server would take PGPORT.
         flags += [f"-p {self.port or _PORT}", "-h 127.0.0.1" if self.port else "-h ''"]
-        flags += [f"-c {option}" for option in self.options]
+        flags += [f"-c {shlex.quote(option)}" for option in self.options]
         log = str(self.home / "log")
         self._run("pg_ctl", "-w", "-l", log, "-o", " ".join(flags), "start")
 
@@ -80,7 +83,8 @@ class Server:
 
     def url(self, database: str = "postgres") -> str:
         """Connection string by the socket."""
-        return f"postgresql://postgres@/{database}?host={self.home}&port={self.port or _PORT}"
+        socket = f"host={quote(str(self.home))}&port={self.port or _PORT}"
+        return f"postgresql://postgres@/{database}?{socket}"
 
     def _run(self, program: str, *arguments: str) -> None:
         # Files, not pipes: the server would inherit a pipe and hold it open.

@@ -39,8 +39,10 @@ _GAUGES_SECONDS = 5.0
 _COVERAGE_SECONDS = 300.0
 # A scrape is given up by Prometheus after 10 s; without the database it shall still come.
 _PATIENCE_SECONDS = 5.0
-# The server gives the statement up, so that none pile up behind somebody's lock.
-_GAUGES_LIMIT, _COVERAGE_LIMIT = "8s", "60s"
+# The server gives the statement up after so many seconds, so that none pile up behind somebody's
+# lock; a server that is silent for longer is given up by us.
+_GAUGES_LIMIT, _COVERAGE_LIMIT = 8, 60
+_GRACE_SECONDS = 5.0
 
 
 def make_registry(settings: Settings) -> CollectorRegistry:
@@ -139,7 +141,7 @@ class _Database(Collector):
         last = self._settings.backfill_last_n
         return self._read(queries.COVERAGE, _COVERAGE_LIMIT, model=health.serves, last=last)
 
-    def _read(self, statement: str, limit: str, **parameters: Any) -> Row:
+    def _read(self, statement: str, limit: int, **parameters: Any) -> Row:
         """Raises ListenerError."""
         with (
             connect(self._settings, "listener-metrics") as conn,
@@ -147,7 +149,8 @@ class _Database(Collector):
             conn.transaction(),
             conn.cursor(row_factory=dict_row) as cursor,
         ):
-            cursor.execute(queries.LIMIT_STATEMENT, {"duration": limit})
+            conn.answer_seconds = limit + _GRACE_SECONDS
+            cursor.execute(queries.LIMIT_STATEMENT, {"duration": f"{limit}s"})
             row = cursor.execute(statement, parameters).fetchone()
         assert row is not None  # noqa: S101  each statement has one row
         return row

@@ -54,7 +54,8 @@ class ModelFiles:
     def has_prompt(self) -> bool:
         """Whether sentence-transformers would put words before each text by itself."""
         config = self._config()
-        return bool(config.get("prompts", {}).get(config.get("default_prompt_name"), ""))
+        prompts = config.get("prompts")
+        return isinstance(prompts, dict) and bool(prompts.get(config.get("default_prompt_name")))
 
     def shortens(self) -> bool:
         """Whether sentence-transformers would leave numbers out of each vector by itself."""

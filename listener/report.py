@@ -31,7 +31,8 @@ def require_reports_dir(settings: Settings) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        # Another command may have been quicker.
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
             f"REPORTS_DIR {folder} can't be written ({error.strerror}); name another directory"

@@ -28,6 +28,8 @@ from listener.worker import BEAT_SECONDS, Worker, beat
 
 # A page of the sweep: what is new waits for it.
 _SWEEP_PAGE, _SWEEP_PAGE_SECONDS = 500, 0.25
+# After sessions that end so soon the wait doubles, up to some seconds.
+_BRIEF_SECONDS, _MOST_DOUBLINGS = 2.0, 3
 # The numbers that systemd shows are as old as this.
 _STATUS_SECONDS = 15.0
 
@@ -48,14 +50,18 @@ class Service:
         Raises SchemaError if the database isn't installed, EncoderLost where only a new process
         can go on. Stopped while it connects again, it returns.
         """
+        doublings = 0
         while not self._stop.is_set():
+            began = time.monotonic()
             try:
                 self._connect_and_serve(once)
             except ConnectionLost as error:
                 counters.reconnects += 1
                 log(logging.WARNING, "connection_lost", cause=error)
                 # A server that accepts connections and then fails must not be hammered.
-                self._stop.wait(random.uniform(0.05, 0.5))  # noqa: S311  jitter
+                was_brief = time.monotonic() - began < _BRIEF_SECONDS
+                doublings = min(doublings + 1, _MOST_DOUBLINGS) if was_brief else 0
+                self._stop.wait(random.uniform(0.05, 0.5) * 2**doublings)  # noqa: S311  jitter
                 continue
             except ModelFault as error:
                 self._wait_for_model(error)

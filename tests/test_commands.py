@@ -385,6 +385,8 @@ def test_the_demo_shows_events_and_a_search_and_goes_on_where_it_was(
 ) -> None:
     """What `make run` does without a database."""
     settings = Settings(database_url="", reports_dir=tmp_path)
+    open_folder = open_folder / "our demo's"
+    open_folder.mkdir()
     # A relative place, and a port that is another server's.
     first = listener(
         settings, "demo", "--events", "3", cwd=open_folder, DEMO_DIR=".", PGPORT="5433"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from listener.config import Settings
+from listener.config import Settings, load_settings
 from listener.errors import ConfigError
 from tests.harness import listener
 
@@ -22,6 +22,8 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         ("BATCH_EVENTS", "many", "'many'; it must be a whole number of at least 1"),
         ("BATCH_EVENTS", "0", "'0'; it must be a whole number of at least 1"),
         ("LEASE_SECONDS", "nan", "a number of at least 1"),
+        ("LEASE_SECONDS", "1e13", "at least 1 and at most 86400"),
+        ("RETRY_SECONDS", "1e308", "at least 0.01 and at most 3600"),
         ("BACKFILL_LAST_N", "9999999999", "at least 0 and at most 2147483646"),
         ("MAX_ATTEMPTS", "1000000", "at least 1 and at most 1000"),
         ("NOTIFY", "sometimes", "one of gated, always, never"),
@@ -99,6 +101,42 @@ def test_an_env_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> No
     assert finished.stderr.startswith("listener: .env in the current directory can't be read")
     assert len(finished.stderr.splitlines()) == 1
     assert "s3cr" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("DATABASE_URL='postgresql://u:s3cret@h/db\n", "(line 1 is no NAME=value)"),
+        ("# ours\nPGPASSWORD=s3cret\0\n", "(ValueError)"),
+    ],
+)
+def test_an_env_file_with_a_line_that_is_none_is_refused(
+    tmp_path: Path, text: str, says: str
+) -> None:
+    """To go on without that line could mean to go on with another database."""
+    (tmp_path / ".env").write_text(text)
+
+    finished = listener(Settings(reports_dir=tmp_path), "status", check=False, cwd=tmp_path)
+
+    assert finished.returncode == 2
+    assert says in finished.stderr
+    assert len(finished.stderr.splitlines()) == 1
+    assert "s3cret" not in finished.stderr
+
+
+def test_an_env_file_is_read_as_systemd_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dollar in a password stays one, and a mark at the beginning is none of the first name."""
+    (tmp_path / ".env").write_text("PRECISION=bf16\nREPORTS_DIR='a${HOME}b'\n", "utf-8-sig")
+    monkeypatch.chdir(tmp_path)
+    for name in ("PRECISION", "REPORTS_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    settings = load_settings()
+
+    assert (settings.precision, settings.reports_dir) == ("bf16", Path("a${HOME}b"))
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,8 @@ def test_a_conversion_whose_vectors_differ_leaves_nothing(
     [
         ({"1_Pooling/config.json": {"pooling_mode_cls_token": True}}, "its pooling is cls"),
         ({"1_Pooling/config.json": {"pooling_mode": "max"}}, "its pooling is max"),
+        ({"1_Pooling/config.json": {"pooling_mode": None}}, "its pooling is None"),
+        ({"1_Pooling/config.json": []}, "its pooling is not readable"),
         ({"modules.json": [{"type": "a.Transformer", "path": ""}]}, "made of Transformer"),
         (
             {

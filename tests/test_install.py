@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -19,7 +22,7 @@ from listener.database import Connection, connect, register_vector
 from listener.errors import SchemaError
 from listener.preflight import require_installable
 from listener.template import Step, sql_text
-from tests.harness import Database, TinyEmbedder, listener, serving
+from tests.harness import Database, TinyEmbedder, environment, listener, serving
 
 NewDatabase = Callable[..., AbstractContextManager[str]]
 
@@ -155,6 +158,33 @@ def test_a_schema_listener_of_somebody_else_is_one_clear_line(
         assert "Traceback" not in finished.stderr
         assert database.value("select to_regclass(%s)", table) is not None
         assert database.value("select to_regclass('public.event_embeddings')") is None
+
+
+def test_an_install_that_nobody_hears_leaves_its_report(
+    new_database: NewDatabase, tmp_path: Path
+) -> None:
+    """Its steps go into a pipe whose reader has gone, as with `| head -1`."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
+        settings = replace(database.settings, reports_dir=tmp_path)
+        command = [sys.executable, "-m", "listener", "install"]
+        subprocess.run(command, env=environment(settings), stderr=write_end, check=False)
+        os.close(write_end)
+
+        install.verify(database.conn)
+    assert list(tmp_path.glob("*_install.md"))
+
+
+def test_an_uninstall_where_nothing_is_installed_says_so(
+    new_database: NewDatabase, tmp_path: Path
+) -> None:
+    """Else a wrong name of a database passes for a listener that is gone."""
+    with new_database() as url:
+        settings = Settings(database_url=url, reports_dir=tmp_path)
+        finished = listener(settings, "uninstall")
+
+    assert "nothing to do: the listener is not installed in database" in finished.stderr
 
 
 def test_uninstall_leaves_iot_events_as_it_was(new_database: NewDatabase) -> None:

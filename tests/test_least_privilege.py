@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -597,6 +599,20 @@ def test_an_uninstall_takes_roles_and_rights_and_leaves_the_login_role(
 
     assert kept == [("listener_login",), ("listener_owner",), ("listener_worker",)]
     assert left == [("listener_login",)]
+
+
+def test_check_as_a_role_without_any_right_names_the_grant(
+    database: Database, static_model: object
+) -> None:
+    """As where the role was made and the second line forgotten."""
+    database = database.with_settings(embedding_model=str(static_model))
+    with role(database, "forgotten", "login"):
+        url = database.owner.database_url.replace("//postgres@", "//forgotten@")
+
+        finished = listener(replace(database.settings, database_url=url), "check", check=False)
+
+    assert finished.returncode == 3
+    assert re.search("^FAIL +rights .*grant listener_worker", finished.stdout, re.MULTILINE)
 
 
 def test_check_as_the_worker_names_its_role(database: Database, static_model: object) -> None:

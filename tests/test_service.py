@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 from collections.abc import Callable
@@ -11,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from listener.errors import SchemaError
+from listener.encoding import Encoder
+from listener.errors import ConnectionLost, SchemaError
+from listener.pipeline import Pipeline
+from listener.service import Service
+from listener.stop import Stop
 from tests.harness import (
     Command,
     Database,
@@ -36,6 +41,31 @@ select seq_tup_read from pg_stat_user_tables where relid = 'public.iot_events'::
 def encoded_texts(output: str) -> int:
     """The sum of what the batches say they encoded."""
     return sum(int(count) for count in re.findall(r"encoded=(\d+)", output))
+
+
+def test_the_wait_grows_where_each_session_fails_at_once(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the disk is full: to connect again five times a second makes it no better."""
+
+    class Impatient(Stop):
+        """Notes how long it is to wait, and stops at the sixth time."""
+
+        def wait(self, seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 6:
+                self.set()
+
+    def fail(*_: object) -> None:
+        raise ConnectionLost("the disk is full")
+
+    waits: list[float] = []
+    monkeypatch.setattr(Pipeline, "drain", fail)
+    monkeypatch.setattr(random, "uniform", lambda least, _: least)
+
+    Service(database.settings, Encoder(TinyEmbedder, 0), Impatient()).run()
+
+    assert waits == [0.1, 0.2, 0.4, 0.4, 0.4, 0.4]
 
 
 @pytest.mark.parametrize("names", [("listener-wake",), ("listener-work",), ("listener-w%",)])
