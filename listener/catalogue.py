@@ -6,9 +6,11 @@ Reads catalogue tables only, so that no lock on iot_events is taken or waited fo
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from uuid import UUID
 
 from psycopg.rows import class_row
 
+from listener.claim import EventId
 from listener.database import Connection, translated
 
 KEY_TYPES = ("bigint", "integer", "uuid", "text")
@@ -255,6 +257,12 @@ class Facts:
         """The column `created_at` of iot_events, if it is a point in time."""
         kinds = ("timestamp with time zone", "timestamp without time zone")
         return next((c for c in self.columns if c.name == "created_at" and c.type in kinds), None)
+
+    def event_id(self, text: str) -> EventId:
+        """The id that is written so. Raises ValueError if it isn't of the key's type."""
+        kinds: dict[str, type[EventId]] = {"bigint": int, "integer": int, "uuid": UUID}
+        kind = kinds.get(self.key.type, str) if self.key else str
+        return kind(text)
 
     @property
     def triggers_right(self) -> bool:

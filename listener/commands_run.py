@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -13,6 +14,8 @@ import click
 
 from listener import install, notify_systemd
 from listener.backfill import follow, queue_events
+from listener.catalogue import Facts, read_facts
+from listener.claim import EventId
 from listener.config import MOST_EVENTS, Settings, load_settings
 from listener.console import (
     DATABASE,
@@ -207,9 +210,10 @@ def retry_command(ids: tuple[str, ...], everything: bool) -> None:
     settings = load_settings()
     require_reports_dir(settings)
     with connect(settings, "listener-retry") as conn:
+        wanted = _event_ids(read_facts(conn), ids)
         queue = Queue(conn, settings, None)
         before = count_parked(conn)
-        retried = queue.retry(None if everything else ids)
+        retried = queue.retry(None if everything else list(wanted))
         after = count_parked(conn)
     if retried:
         report = Report(
@@ -221,9 +225,19 @@ def retry_command(ids: tuple[str, ...], everything: bool) -> None:
         )
         say(f"report in {write_report(settings, report)}")
     say(f"{len(retried)} back to the queue")
-    missing = set(ids) - {str(event_id) for event_id in retried}
-    if missing:
-        raise ConfigError(f"not parked: {', '.join(sorted(missing))}")
+    if missing := [text for event_id, text in wanted.items() if event_id not in retried]:
+        raise ConfigError(f"not parked: {', '.join(missing)}")
+
+
+def _event_ids(facts: Facts, texts: Sequence[str]) -> dict[EventId, str]:
+    """The ids that are written so, and how they were written."""
+    event_ids = {}
+    for text in texts:
+        try:
+            event_ids[facts.event_id(text)] = text
+        except ValueError:
+            raise ConfigError(f"{text!r} is not of the type of iot_events.id") from None
+    return event_ids
 
 
 @click.group("model")

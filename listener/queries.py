@@ -468,7 +468,8 @@ with held as materialized (
   from listener.queue q
   where q.lane in (0, 1)
     and q.due_at = 'infinity'
-    and (%(event_ids)s::text[] is null or q.event_id::text = any(%(event_ids)s::text[]))
+    -- Null is all.
+    and (q.event_id = any(%(event_ids)s)) is not false
   order by q.event_id
   for update skip locked
 )

@@ -267,7 +267,7 @@ class Queue:
         with translated():
             return self._conn.execute(queries.DELETE_ORPHANS).rowcount
 
-    def retry(self, event_ids: Sequence[str] | None) -> list[EventId]:
+    def retry(self, event_ids: Sequence[EventId] | None) -> list[EventId]:
         """Parked events, these or all, back to the queue with their attempts forgotten."""
         rows = self._execute(queries.RETRY, event_ids=event_ids and list(event_ids))
         if rows:

@@ -10,8 +10,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -31,6 +33,7 @@ from tests.harness import (
     serving,
     wait_until,
 )
+from tests.test_install import install_in, with_events
 
 
 def test_status_counts_and_says_what_the_scope_is(static: Database) -> None:
@@ -343,6 +346,28 @@ def test_retry_takes_ids_or_all_and_names_what_is_not_parked(database: Database)
     assert (one.returncode, rest.returncode) == (2, 0)
     assert "not parked: 77" in one.stderr
     assert not any(row[5] for row in database.queue())
+
+
+def test_retry_takes_an_id_however_it_is_written(
+    new_database: Callable[..., AbstractContextManager[str]], tmp_path: Path
+) -> None:
+    """As `show` does, which finds what it names."""
+    event_id = "a702cdb6-0000-4000-8000-00000000000f"
+    with new_database() as url, with_events(url, "id uuid primary key, t text") as database:
+        install_in(database.conn)
+        database.rows("insert into public.iot_events values (%s, 'a')", UUID(event_id))
+        database.rows(
+            "insert into listener.queue (event_id, due_at) select id, 'infinity' from iot_events"
+        )
+        settings = replace(database.settings, reports_dir=tmp_path)
+
+        wrong = listener(settings, "retry", "17", check=False)
+        right = listener(settings, "retry", event_id.upper())
+
+    assert wrong.returncode == 2
+    assert "'17' is not of the type of iot_events.id" in wrong.stderr
+    assert f"back to the queue: {event_id}" in next(tmp_path.glob("*_retry.md")).read_text()
+    assert right.returncode == 0
 
 
 def test_a_server_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:

@@ -484,7 +484,7 @@ def test_a_retried_event_has_all_its_attempts_again(database: Database, queue: Q
     first, second = database.insert("raise", "raise too")
     database.park(first, second)
 
-    retried = queue.retry([str(first)])
+    retried = queue.retry([first])
 
     assert retried == [first]
     assert [(row[3], row[5]) for row in database.queue()] == [(0, False), (5, True)]
