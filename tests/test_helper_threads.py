@@ -149,13 +149,18 @@ def test_the_core_of_the_caller_is_known() -> None:
 
 
 def test_a_helper_that_has_ended_is_left_alone(
-    threads: HelperThreads, pool: ThreadPoolExecutor
+    threads: HelperThreads, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its number may be another process's by then."""
+    moved: list[int] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda tid, _: moved.append(tid))
+    threads.place_for([SHORT])
+    assert len(moved) == 1
     pool.shutdown()
 
-    threads.place_for([SHORT])
     threads.place_for([SHORT, SHORT])
+
+    assert len(moved) == 1
 
 
 def test_openvino_is_helped(converted: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
