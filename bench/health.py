@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Event, Thread
+from threading import Event
 
 import psycopg
 
@@ -117,13 +118,13 @@ def _phase(name: str, url: str, drainer: Drainer, seconds: float) -> Phase:
                 last.update(dict(conn.execute(_DEAD).fetchall()))
                 most.update({table: max(n - most[table], 0) for table, n in last.items()})
 
-    watcher = Thread(target=watch)
-    watcher.start()
-    try:
-        claims = drainer.drain_for(seconds)
-    finally:
-        done.set()
-        watcher.join()
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        try:
+            claims = drainer.drain_for(seconds)
+        finally:
+            done.set()
+        watching.result()
     return Phase(name, seconds, claims, most, last)
 
 

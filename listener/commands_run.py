@@ -104,7 +104,9 @@ def demo_command(events: int | None) -> None:
 @click.command("backfill", cls=Command, settings=_BACKFILL)
 @click.option("--last", type=click.IntRange(1), help="The newest N events.")
 @click.option("--all", "everything", is_flag=True, help="All events.")
-@click.option("--since", type=click.DateTime(), help="Only events created at or after this local time.")
+@click.option(
+    "--since", type=click.DateTime(), help="Only events created at or after this local time."
+)
 @click.option("--work", is_flag=True, help="Embed here and now instead of waiting for the service.")
 def backfill_command(
     last: int | None, everything: bool, since: datetime | None, work: bool

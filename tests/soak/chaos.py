@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from traceback import format_exception
 
 from tests.soak import database_faults, faults
 from tests.soak.background import Background
@@ -62,7 +63,8 @@ class Chaos(Background):
         self._every = every
         self.counts: Counter[str] = Counter()
         self.recoveries = Recoveries()
-        self._lasting: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(2, "lasting")
+        self._lasting: Future[None] | None = None
         self._due = list(FAULTS)
 
     def step(self) -> None:
@@ -74,8 +76,9 @@ class Chaos(Background):
         time.sleep(self._scene.chance.uniform(0, _AIM_SECONDS))
         self.counts[fault.kind] += 1
         if fault.lasting:
-            self._lasting = threading.Thread(target=self._last, args=(fault, ids))
-            self._lasting.start()
+            if self._lasting is not None:
+                self._lasting.result()
+            self._lasting = self._pool.submit(self._last, fault, ids)
         else:
             alone = not self._is_lasting()
             self._measure(fault, ids, fault.strike(self._scene), alone)
@@ -85,12 +88,12 @@ class Chaos(Background):
     def end(self, seconds: float = 120.0) -> None:
         """Strike no more, and mend what lasts."""
         super().end(seconds)
-        if self._lasting is not None:
-            self._lasting.join()
+        if self._lasting is not None and (error := self._lasting.exception()) is not None:
+            self.failure = self.failure or "".join(format_exception(error))
         self._scene.proxy.heal()
 
     def _is_lasting(self) -> bool:
-        return self._lasting is not None and self._lasting.is_alive()
+        return self._lasting is not None and not self._lasting.done()
 
     def _next(self) -> Fault:
         # One that lasts at a time, or no worker might be left.
@@ -105,10 +108,9 @@ class Chaos(Background):
     def _last(self, fault: Fault, ids: list[int]) -> None:
         """Its events need not wait until it is over."""
         struck, began = self.counts.total(), time.monotonic()
-        breaker = threading.Thread(target=fault.strike, args=(self._scene,))
-        breaker.start()
+        breaker = self._pool.submit(fault.strike, self._scene)
         self._measure(fault, ids, began, lambda: self.counts.total() == struck)
-        breaker.join()
+        breaker.result()
 
     def _measure(
         self, fault: Fault, ids: list[int], since: float, alone: bool | Callable[[], bool]

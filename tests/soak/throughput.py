@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from bench.models import minilm
 from bench.progress import BenchError, say
 from bench.report import Section, at_least
 from bench.texts import copy_messages, random_texts
+from tests.soak.background import Background
 from tests.soak.ground import Ground, prepared_ground
 from tests.soak.workers import Settings, Workers
 
@@ -62,19 +62,19 @@ class Run:
         return self.vectors / self.ready_seconds
 
 
-class Disturber(threading.Thread):
+class Disturber(Background):
     """Calls `strike` every so often until stopped, and adds up the seconds it says were lost."""
 
     def __init__(self, every: float, strike: Callable[[], float]) -> None:
-        super().__init__(name="disturber", daemon=True)
+        super().__init__("disturber")
         self._every = every
         self._strike = strike
-        self.stopped = threading.Event()
         self.strikes = 0
         self.down_seconds = 0.0
 
-    def run(self) -> None:
-        while not self.stopped.wait(self._every):
+    def step(self) -> None:
+        """Wait, and strike."""
+        if not self.stopped.wait(self._every):
             self.down_seconds += self._strike()
             self.strikes += 1
 
@@ -148,8 +148,9 @@ def _run(
         ready_seconds, looked = ready_seconds + ready * (now - looked), now
     if disturber is not None:
         # A restart in hand is finished and counted, so that the database is up for the last count.
-        disturber.stopped.set()
-        disturber.join()
+        disturber.end()
+        if disturber.failure is not None:
+            raise BenchError(disturber.failure)
     vectors, took = _asked(ground, _COUNT) - before, time.monotonic() - began
     if _asked(ground, _QUEUED) == 0:
         raise BenchError(f"{name}: the backlog was too short")
