@@ -44,7 +44,7 @@ def gte_shape(folder: Path) -> Path:
     """12 layers, fp16 files, random weights: what gte-small costs, not what it knows."""
     import torch
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     bare, directory = folder / "gte-shape-bare", folder / "gte-shape"
@@ -67,7 +67,7 @@ def static(folder: Path) -> Path:
     """A table of random vectors by word: next to no cost, so that the queue's cost shows."""
     import numpy as np
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import StaticEmbedding
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit

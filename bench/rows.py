@@ -15,8 +15,7 @@ _LEFT_OUT = "-"
 class Row:
     """What was measured of each system, by its name.
 
-    `values` compare; `texts` say more than the bare value where there is more to say. `verdict` is
-    on the listener's own target.
+    `verdict` is on the listener's own target.
     """
 
     title: str

@@ -78,7 +78,7 @@ def printable(text: str) -> str:
 
 def load_encoder(settings: Settings) -> Encoder:
     """Load the model. Raises ConfigError if it is missing, damaged or of another size."""
-    # Imports numpy and what an engine needs, which only commands that encode should wait for.
+    # Imports what an engine needs, which only commands that encode should wait for.
     from listener.embedder import load_embedder
     from listener.encoding import Encoder
 

@@ -7,13 +7,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from listener.claim import Claim, Event, EventId
 from listener.config import Settings
 from listener.counters import counters
 from listener.encoding import Encoded, Encoder
-from listener.errors import EmbeddingError, EncoderLost, ModelFault
+from listener.errors import ConnectionLost, EmbeddingError, EncoderLost, ModelFault
 from listener.health import health
 from listener.logs import log
 from listener.queue import Queue
@@ -113,7 +114,9 @@ class Pipeline:
             self._queue.notify()
             raise
         except EncoderLost:
-            self._give_back_unstarted()
+            # Without a connection these leases end by themselves; the process must end in any case.
+            with suppress(ConnectionLost):
+                self._give_back_unstarted()
             raise
 
     def give_back(self) -> None:
@@ -241,11 +244,13 @@ class Pipeline:
 
     def _give_back_unstarted(self) -> None:
         """Release the batches whose encode hasn't begun."""
+        left = len(self._running) + len(self._waiting)
         for batch in (*list(self._running)[1:], *self._waiting):
             if batch.encoding.cancel():
                 self._queue.release(batch.claim.lease, batch.event_ids)
                 (self._running if batch in self._running else self._waiting).remove(batch)
-                self._queue.notify()
+        if len(self._running) + len(self._waiting) < left:
+            self._queue.notify()
 
     def _adapt(self) -> None:
         """Size the next claim, and a pass of it, by how long they will take."""

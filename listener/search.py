@@ -1,4 +1,4 @@
-"""Reading: nearest events, one event's whole story, and how the service stands."""
+"""Reading: nearest events, and one event's whole story."""
 
 from __future__ import annotations
 

@@ -64,7 +64,6 @@ where grantee <> owner
 
 # One value for every name that a statement may ask for.
 _PARAMETERS = {
-    "attempts": 1,
     "bounds": [1.0],
     "backfill_events": 1,
     "channel": "listener_help",
