@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from listener.counters import counters
 from listener.encoding import Encoder
 from listener.errors import ConnectionLost, SchemaError
 from listener.pipeline import Pipeline
@@ -41,6 +42,38 @@ select seq_tup_read from pg_stat_user_tables where relid = 'public.iot_events'::
 def encoded_texts(output: str) -> int:
     """The sum of what the batches say they encoded."""
     return sum(int(count) for count in re.findall(r"encoded=(\d+)", output))
+
+
+def test_what_is_in_hand_when_a_connection_breaks_counts_as_never_claimed(
+    database: Database,
+) -> None:
+    """Nobody died of it; taken for a death, five restarts of a server would park an event."""
+    embedder = TinyEmbedder()
+    embedder.may_run.clear()
+    expiries = counters.lease_expiries
+
+    with serving(database, embedder):
+        database.insert("a")
+        wait_until(lambda: any(row[4] for row in database.queue()))
+        database.rows(
+            "select pg_terminate_backend(pid) from pg_stat_activity "
+            "where datname = current_database() and application_name like 'listener-w%%'"
+        )
+        embedder.may_run.set()
+        wait_until(database.embedded)
+
+    assert counters.lease_expiries == expiries
+
+
+def test_a_service_does_not_start_where_writers_queue_nothing(database: Database) -> None:
+    """All would look well, and no event come."""
+    database.rows("alter table public.iot_events disable trigger listener_inserted")
+
+    with (
+        pytest.raises(SchemaError, match="triggers on iot_events are missing"),
+        serving(database, once=True) as service,
+    ):
+        service.thread.join()
 
 
 def test_the_wait_grows_where_each_session_fails_at_once(

@@ -1,0 +1,88 @@
+"""What is claimed, started and given back while the model works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from listener.encoding import Encoder
+from listener.errors import EncoderLost
+from listener.pipeline import Pipeline
+from listener.queue import Queue
+from listener.stop import Stop
+from tests.harness import Database, TinyEmbedder
+
+
+@contextmanager
+def draining(
+    database: Database, embedder: TinyEmbedder
+) -> Iterator[Callable[[Callable[[], object]], int]]:
+    """A drain of one worker; its argument is called after each batch."""
+    encoder = Encoder(lambda: embedder, 0)
+    with database.service_session() as conn:
+        queue = Queue(conn, database.settings, None)
+        pipeline = Pipeline(database.settings, queue, encoder, Stop(), {})
+        yield lambda on_batch: pipeline.drain(lambda _: None, on_batch)
+    embedder.may_run.set()
+    encoder.close()
+
+
+def suspect(database: Database, message: str) -> int:
+    """An event whose worker died, due again before all others."""
+    (event_id,) = database.insert(message)
+    database.rows("delete from listener.change where event_id = %s", event_id)
+    database.rows(
+        "insert into listener.queue (event_id, due_at, lease, attempts) "
+        "values (%s, '-infinity', nextval('listener.lease_token'), 1)",
+        event_id,
+    )
+    return event_id
+
+
+def test_nothing_is_claimed_beside_an_event_whose_worker_died(database: Database) -> None:
+    """If it kills this worker too, that costs no other an attempt."""
+    suspect(database, "suspect")
+    mate = suspect(database, "mate")
+    database.rows(
+        "update listener.queue set lease = null, attempts = 0, due_at = now() where event_id = %s",
+        mate,
+    )
+    attempts = []
+
+    with draining(database, TinyEmbedder()) as drain:
+        drain(lambda: attempts.append([row[3] for row in database.queue()]))
+
+    assert attempts == [[0], []]
+
+
+def test_an_event_whose_worker_died_waits_until_the_model_is_through_with_others(
+    database: Database,
+) -> None:
+    """Else what it does to the process, it would do to them."""
+    suspect(database, "suspect")
+    database.insert("mate")
+    embedder = TinyEmbedder()
+    encoded = []
+
+    with draining(database.with_settings(batch_events=1), embedder) as drain:
+        drain(lambda: encoded.append(len(embedder.encoded)))
+
+    assert encoded == [1, 2]
+
+
+def test_what_a_hung_model_has_not_begun_is_given_back(database: Database) -> None:
+    """Its own batch keeps the lease, by which it is known for what it did."""
+    first, second = database.insert("first"), database.insert("second")
+    embedder = TinyEmbedder()
+    embedder.may_run.clear()
+    database = database.with_settings(batch_events=1, encode_seconds=0.2)
+
+    with draining(database, embedder) as drain, pytest.raises(EncoderLost):
+        drain(lambda: None)
+
+    assert [(row[0], row[3], row[4]) for row in database.queue()] == [
+        (*first, 1, True),
+        (*second, 0, False),
+    ]
