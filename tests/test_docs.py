@@ -18,6 +18,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from listener import queries
 from listener.cli import cli
 from listener.config import Settings
 from listener.template import sql_files
@@ -284,6 +285,19 @@ def test_imports_go_one_way() -> None:
     ]
 
     assert wrong == []
+
+
+def test_no_statement_waits_for_a_row_that_somebody_holds() -> None:
+    """Each that locks rows skips those that are locked."""
+    locks = [
+        (name, lock)
+        for name, statement in vars(queries).items()
+        if isinstance(statement, str)
+        for lock in re.findall(r"(?m)^ *(for (?:no key )?(?:update|key share)\b.*)$", statement)
+    ]
+
+    assert len(locks) > 9
+    assert [(name, lock) for name, lock in locks if not lock.endswith("skip locked")] == []
 
 
 def test_a_long_module_has_a_reason() -> None:

@@ -234,6 +234,19 @@ def test_a_scrape_comes_though_the_database_is_silent(
     assert values["listener_reconnects_total"] == 0
 
 
+def test_a_database_that_has_gone_is_not_up(
+    proxy: Proxy, database: Database, watch: Callable[..., Endpoint]
+) -> None:
+    """However often it answered before; an alert asks for no more."""
+    endpoint = watch(database.through(proxy.port))
+    wait_until(lambda: endpoint.value("listener_database_up") == 1)
+
+    proxy.refuses = True
+    proxy.reset()
+
+    wait_until(lambda: endpoint.value("listener_database_up") == 0)
+
+
 def test_a_scrape_that_is_never_answered_is_given_up(
     proxy: Proxy, database: Database, watch: Callable[..., Endpoint]
 ) -> None:

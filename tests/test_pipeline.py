@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from listener.encoding import Encoder
 from listener.errors import EncoderLost
 from listener.pipeline import Pipeline
 from listener.queue import Queue
 from listener.stop import Stop
-from tests.harness import Database, TinyEmbedder
+from tests.harness import Database, TinyEmbedder, serving, wait_until
 
 
 @contextmanager
@@ -70,6 +73,41 @@ def test_an_event_whose_worker_died_waits_until_the_model_is_through_with_others
         drain(lambda: encoded.append(len(embedder.encoded)))
 
     assert encoded == [1, 2]
+
+
+def test_what_waits_for_the_model_keeps_its_lease(database: Database) -> None:
+    """Else a peer would take it, and it would be encoded twice."""
+    database.insert(*(f"of eight words as it so happens, {n}" for n in range(6)))
+    embedder = TinyEmbedder()
+    embedder.may_run.clear()
+    database = database.with_settings(lease_seconds=1.0, batch_tokens=8)
+    first_end = "select min(due_at) > %s from listener.queue"
+
+    with serving(database, embedder):
+        wait_until(lambda: database.leased() == 6)
+        claimed_until = database.value("select max(due_at) from listener.queue")
+        wait_until(lambda: database.value(first_end, claimed_until))
+        embedder.may_run.set()
+        database.wait_for_rest()
+
+    assert len(embedder.encoded) == 6
+
+
+def test_a_batch_is_not_blamed_for_the_time_of_the_one_before(database: Database) -> None:
+    """Two slow ones, one after the other, are no hang."""
+
+    class Slow(TinyEmbedder):
+        """Takes most of the time that a batch may take."""
+
+        def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            time.sleep(0.7)
+            return super().encode(texts)
+
+    database.insert("a", "b", "c")
+    database = database.with_settings(encode_seconds=1.0, batch_events=1)
+
+    with draining(database, Slow()) as drain:
+        assert drain(lambda: None) == 3
 
 
 def test_what_a_hung_model_has_not_begun_is_given_back(database: Database) -> None:

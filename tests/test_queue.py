@@ -490,6 +490,66 @@ def test_a_retried_event_has_all_its_attempts_again(database: Database, queue: Q
     assert [(row[3], row[5]) for row in database.queue()] == [(0, False), (5, True)]
 
 
+def test_a_change_of_a_parked_event_begins_it_anew(database: Database, queue: Queue) -> None:
+    """With all its attempts, no error of the text before, and no age but that of the change."""
+    database.park(*database.insert("a"))
+    database.rows("update listener.queue set queued_at = now() - interval '1 day'")
+    database.rows("update public.iot_events set message = 'b'")
+
+    claimed(queue)
+
+    ((_, _, _, attempts, leased, _, error),) = database.queue()
+    assert (attempts, leased, error) == (1, True, None)
+    assert database.value("select now() - queued_at < interval '1 h' from listener.queue")
+
+
+def test_a_change_of_an_event_that_waits_for_a_backfill_makes_it_live(
+    database: Database, queue: Queue
+) -> None:
+    """Somebody waits for it now."""
+    database.insert("a")
+    database.forget_queue()
+    queue.sweep(MODEL, None, 10)
+    database.rows("update public.iot_events set message = 'b'")
+
+    claimed(queue)
+
+    assert [row[2] for row in database.queue()] == [0]
+
+
+def test_an_event_has_waited_since_its_first_change(database: Database, queue: Queue) -> None:
+    """One that changes all the time would else never look late."""
+    database.insert("a")
+    database.rows("update listener.change set changed_at = now() - interval '1 h'")
+    database.rows("update public.iot_events set message = 'b'")
+
+    claimed(queue)
+
+    assert database.value("select now() - queued_at > interval '30 min' from listener.queue")
+
+
+def test_an_event_that_is_parked_for_its_deaths_keeps_an_earlier_error(
+    database: Database, queue: Queue
+) -> None:
+    """It says more than that the worker died; and no more attempts are told than it had."""
+    database.insert("deadly")
+    claim = claimed(queue)
+    queue.fail(claim.lease, claim.event_ids, "why")
+    for _ in range(database.settings.max_attempts):
+        database.rows("update listener.queue set due_at = now()")
+        queue.claim(10)
+
+    ((_, _, _, attempts, _, parked, error),) = database.queue()
+    assert (attempts, parked, error) == (database.settings.max_attempts, True, "why")
+
+
+def test_a_sweep_leaves_alone_what_waits_as_a_change(database: Database, queue: Queue) -> None:
+    """It would count what is on its way already."""
+    database.insert("a")
+
+    assert queue.sweep(MODEL, None, 10).queued == 0
+
+
 def test_two_hundred_updates_of_one_row_are_one_queue_row_and_the_last_text(
     database: Database, queue: Queue
 ) -> None:

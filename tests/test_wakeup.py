@@ -55,6 +55,32 @@ def test_writers_notify_only_while_a_worker_sleeps(database: Database) -> None:
         assert heard(conn) == 0
 
 
+def test_a_statement_of_no_rows_wakes_nobody(database: Database) -> None:
+    """As an update whose condition holds for none, again and again."""
+    with ear(database) as conn, listening(database) as wakeup:
+        wakeup.prepare_sleep()
+
+        database.rows("insert into public.iot_events (device_id) select '' where false")
+        database.rows("update public.iot_events set message = ''")
+
+        assert heard(conn) == 0
+
+
+def test_a_leader_with_much_to_do_wakes_its_followers(database: Database) -> None:
+    """They would else look at the queue a second later."""
+    with (
+        listening(database) as follower,
+        listening(database) as leader,
+        database.service_session() as work,
+    ):
+        leader.prepare_sleep()
+        follower.prepare_sleep()
+
+        leader.call_help(work)
+
+        assert follower.sleep(5.0)
+
+
 def test_a_copy_of_many_rows_notifies_once(database: Database) -> None:
     """One statement, one wake-up."""
     with ear(database) as conn, listening(database) as wakeup:
@@ -154,6 +180,8 @@ def test_always_notifies_at_every_commit_and_never_at_none(database: Database) -
             database.insert("a")
             assert heard(conn) == 1
 
+        # The server may take its time to end a session.
+        wait_until(lambda: not is_asleep(database))
         with listening(database, "never") as wakeup:
             wakeup.prepare_sleep()
             database.insert("b")

@@ -183,6 +183,23 @@ def test_ids_that_commit_out_of_order_are_all_embedded(database: Database) -> No
     assert database.queue() == []
 
 
+def test_an_event_may_get_another_id(database: Database) -> None:
+    """After it was embedded as before; its writer is not refused, and no sweep is needed."""
+    database.insert("a")
+    database.rows("alter table public.iot_events alter id drop identity")
+    with serving(database.with_settings(backfill_last_n=0)):
+        database.wait_for_rest()
+        database.rows("update public.iot_events set id = 1000")
+        database.wait_for_rest()
+        assert set(database.embedded()) == {1000}
+    database.assert_invariant()
+
+    database.rows("delete from public.event_embeddings")
+    database.rows("update public.iot_events set id = 2000")
+
+    assert [row[0] for row in database.queue()] == [2000]
+
+
 def test_without_any_service_events_only_queue(database: Database) -> None:
     """A day's outage costs the writers nothing and fills no NOTIFY queue; then all are embedded."""
     with database.session() as ear, database.session() as writer, writer.cursor() as cursor:
