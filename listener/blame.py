@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import psycopg
+from psycopg import errors
 from psycopg.pq import TransactionStatus
 
 from listener import queries
@@ -88,6 +89,9 @@ def require_input(conn: Connection) -> None:
             conn.execute(queries.TRY_INPUT)
     except SchemaError as error:
         cause = error.__cause__
+        if isinstance(cause, errors.InvalidSchemaName):
+            # Ours is gone, and all with it.
+            raise
         reason = cause.diag.message_primary if isinstance(cause, psycopg.Error) else error
         raise SchemaError(
             f"listener.embedding_input can't be evaluated ({reason}); if a column is gone, run "
