@@ -41,7 +41,7 @@ def die_after(database: Database, act: Callable[[Queue, Claim], object] = lambda
     act(queue, claimed(queue))
     pid = conn.info.backend_pid
     database.rows("select pg_terminate_backend(%s)", pid)
-    wait_until(lambda: not database.rows("select from pg_locks where pid = %s", pid))
+    wait_until(lambda: not database.rows("select 1 from pg_locks where pid = %s", pid))
     conn.close()
 
 
