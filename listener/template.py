@@ -90,9 +90,10 @@ def placeholders(facts: Facts, columns: Sequence[str]) -> dict[str, str]:
 
 
 def _with_schema(key_type: str) -> str:
-    """But for those whose name is grammar: with an empty search_path pg_temp is searched first.
+    """The type with its schema, where its name isn't grammar, which nobody can take.
 
-    A type that a caller made there would have its checks run with the function's rights.
+    With an empty search_path pg_temp is searched first, and a type that a caller has made there
+    would have its checks run with the function's rights.
     """
     return f"pg_catalog.{key_type}" if key_type in ("uuid", "text") else key_type
 

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -209,6 +209,14 @@ class Database:
         self.rows("delete from listener.change")
         self.rows("delete from listener.queue")
 
+    def terminate(self, name: str) -> None:
+        """End the sessions whose application_name is like that."""
+        self.rows(
+            "select pg_terminate_backend(pid) from pg_stat_activity "
+            "where datname = current_database() and application_name like %s",
+            name,
+        )
+
     def leased(self) -> int:
         """How many events are in a claim that holds."""
         return int(
@@ -272,7 +280,6 @@ class RunningService:
     embedder: TinyEmbedder
     stop_signal: Stop
     thread: threading.Thread
-    errors: list[Exception]
 
     def stop(self) -> None:
         self.stop_signal.set()
@@ -281,9 +288,7 @@ class RunningService:
 
 
 @contextmanager
-def serving(
-    database: Database, embedder: TinyEmbedder | None = None, *, once: bool = False
-) -> Iterator[RunningService]:
+def serving(database: Database, embedder: TinyEmbedder | None = None) -> Iterator[RunningService]:
     """Run a service until the block ends; what it raised, the block raises."""
     embedder = embedder or TinyEmbedder()
     settings = database.settings
@@ -293,14 +298,14 @@ def serving(
 
     def run() -> None:
         try:
-            service.run(once=once)
+            service.run()
         except Exception as error:  # noqa: BLE001  raised again in the test's thread
             errors.append(error)
 
     thread = threading.Thread(target=run, name="service")
     thread.start()
     try:
-        yield RunningService(embedder, stop, thread, errors)
+        yield RunningService(embedder, stop, thread)
     finally:
         stop.set()
         embedder.may_run.set()
@@ -309,6 +314,12 @@ def serving(
     assert not thread.is_alive()
     if errors:
         raise errors[0]
+
+
+def serve_once(database: Database) -> None:
+    """As `run --once` does: what is due and the last N, and no more."""
+    with closing(Encoder(TinyEmbedder, database.settings.cache_texts)) as encoder:
+        Service(database.settings, encoder, Stop()).run(once=True)
 
 
 def is_asleep(database: Database) -> bool:

@@ -22,7 +22,7 @@ from listener.database import Connection, connect, register_vector
 from listener.errors import SchemaError
 from listener.preflight import require_installable
 from listener.template import Step, sql_text
-from tests.harness import Database, TinyEmbedder, environment, listener, serving
+from tests.harness import Database, TinyEmbedder, environment, listener, serve_once, serving
 
 NewDatabase = Callable[..., AbstractContextManager[str]]
 
@@ -95,8 +95,7 @@ def test_every_kind_of_key_is_embedded_swept_and_found(
             database.wait_for_rest()
         embedded = set(database.embedded())
         database.rows("delete from public.event_embeddings")
-        with serving(database, once=True) as service:
-            service.thread.join()
+        serve_once(database)
 
         assert embedded == ids
         assert set(database.embedded()) == ids

@@ -26,6 +26,7 @@ from tests.harness import (
     TinyEmbedder,
     is_asleep,
     listener,
+    serve_once,
     serving,
     wait_until,
 )
@@ -451,6 +452,16 @@ def test_the_owner_may_alter_the_table_as_before(database: Database, statement: 
         wait_until(database.embedded)
 
 
+def ends_until_installed_again(database: Database, saying: str) -> None:
+    """The service ends with that message; after an install it serves."""
+    with pytest.raises(SchemaError, match=saying):
+        serve_once(database)
+    install_in(database.conn)
+    serve_once(database)
+
+    database.assert_invariant()
+
+
 def test_after_created_at_was_dropped_an_install_brings_the_order_of_the_sweep_back(
     database: Database,
 ) -> None:
@@ -458,16 +469,7 @@ def test_after_created_at_was_dropped_an_install_brings_the_order_of_the_sweep_b
     database.rows("alter table public.iot_events drop column created_at")
     database.insert("a")
 
-    with (
-        pytest.raises(SchemaError, match=r"created_at does not exist\); run `listener install`"),
-        serving(database, once=True) as service,
-    ):
-        service.thread.join()
-    install_in(database.conn)
-    with serving(database, once=True) as service:
-        service.thread.join()
-
-    database.assert_invariant()
+    ends_until_installed_again(database, r"created_at does not exist\); run `listener install`")
 
 
 def test_where_created_at_has_become_null_a_sweep_says_so_instead_of_finding_nothing(
@@ -478,16 +480,7 @@ def test_where_created_at_has_become_null_a_sweep_says_so_instead_of_finding_not
     database.insert("a")
     database.rows("update public.iot_events set created_at = null")
 
-    with (
-        pytest.raises(SchemaError, match="ordered by created_at, and it is null in some"),
-        serving(database, once=True) as service,
-    ):
-        service.thread.join()
-    install_in(database.conn)
-    with serving(database, once=True) as service:
-        service.thread.join()
-
-    database.assert_invariant()
+    ends_until_installed_again(database, "ordered by created_at, and it is null in some")
 
 
 @contextmanager

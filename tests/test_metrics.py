@@ -168,10 +168,7 @@ def test_a_terminated_connection_is_a_reconnect(
     wait_until(lambda: endpoint.status("/readyz") == 200)
     assert endpoint.value("listener_reconnects_total") == 0
 
-    database.rows(
-        "select pg_terminate_backend(pid) from pg_stat_activity "
-        "where datname = current_database() and application_name = 'listener-work'"
-    )
+    database.terminate("listener-work")
 
     wait_until(lambda: endpoint.value("listener_reconnects_total") == 1)
     wait_until(lambda: endpoint.status("/readyz") == 200)

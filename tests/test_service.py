@@ -24,6 +24,7 @@ from tests.harness import (
     TinyEmbedder,
     is_asleep,
     listener,
+    serve_once,
     serving,
     wait_until,
 )
@@ -55,10 +56,7 @@ def test_what_is_in_hand_when_a_connection_breaks_counts_as_never_claimed(
     with serving(database, embedder):
         database.insert("a")
         wait_until(lambda: any(row[4] for row in database.queue()))
-        database.rows(
-            "select pg_terminate_backend(pid) from pg_stat_activity "
-            "where datname = current_database() and application_name like 'listener-w%%'"
-        )
+        database.terminate("listener-w%")
         embedder.may_run.set()
         wait_until(database.embedded)
 
@@ -69,11 +67,8 @@ def test_a_service_does_not_start_where_writers_queue_nothing(database: Database
     """All would look well, and no event come."""
     database.rows("alter table public.iot_events disable trigger listener_inserted")
 
-    with (
-        pytest.raises(SchemaError, match="triggers on iot_events are missing"),
-        serving(database, once=True) as service,
-    ):
-        service.thread.join()
+    with pytest.raises(SchemaError, match="triggers on iot_events are missing"):
+        serve_once(database)
 
 
 def test_the_wait_grows_where_each_session_fails_at_once(
@@ -109,11 +104,7 @@ def test_terminated_connections_are_replaced_and_nothing_in_the_gap_is_lost(
     with serving(database):
         for number in range(5):
             wait_until(lambda: is_asleep(database))
-            database.rows(
-                "select pg_terminate_backend(pid) from pg_stat_activity "
-                "where datname = current_database() and application_name like %s",
-                names[0],
-            )
+            database.terminate(names[0])
             database.insert(f"in the gap {number}")
 
             database.wait_for_rest()
@@ -298,8 +289,7 @@ def test_run_once_drops_parked_events_that_were_deleted(database: Database) -> N
     database.park(*database.insert("bad"))
     database.rows("delete from public.iot_events")
 
-    with serving(database, once=True) as service:
-        service.thread.join()
+    serve_once(database)
 
     assert database.queue() == []
 

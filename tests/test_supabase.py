@@ -120,13 +120,20 @@ def as_worker(database: Database) -> Iterator[Database]:
 
 
 @contextmanager
+def superuser(database: Database) -> Iterator[Connection]:
+    """Which the project's own role isn't."""
+    url = database.owner.database_url.replace(f"//{PROJECT}@", "//postgres@")
+    with connect(Settings(database_url=url), "superuser") as conn:
+        yield conn
+
+
+@contextmanager
 def calling(database: Database, role: str, device: str = "pump-1") -> Iterator[Connection]:
     """As its API does, after a request of this role."""
-    url = database.owner.database_url.replace(f"//{PROJECT}@", "//postgres@")
-    with psycopg.connect(url, autocommit=True) as conn:
+    with superuser(database) as conn:
         conn.execute(f"set role {role}".encode())
         conn.execute("select set_config('request.device', %s, false)", [device])
-        yield conn  # type: ignore[misc]
+        yield conn
 
 
 # --- install and serve ---------------------------------------------------------------------------
@@ -174,8 +181,7 @@ def test_the_trigger_functions_belong_to_a_role_that_cannot_log_in(project: Data
 def test_pgvector_is_created_where_supabase_keeps_extensions(new_project: NewProject) -> None:
     """Never in public. There the role of the project may create it; here only an administrator."""
     with new_project() as database:
-        url = database.owner.database_url.replace(f"//{PROJECT}@", "//postgres@")
-        with connect(Settings(database_url=url), "admin") as admin:
+        with superuser(database) as admin:
             admin.execute("drop extension vector")
 
             install_in(admin)
@@ -209,8 +215,7 @@ def test_a_table_that_an_event_trigger_closes_at_birth_gets_its_policy_all_the_s
 ) -> None:
     """And the rights that the API roles have on it by default are taken back."""
     with new_project() as database:
-        url = database.owner.database_url.replace(f"//{PROJECT}@", "//postgres@")
-        with psycopg.connect(url, autocommit=True) as admin:
+        with superuser(database) as admin:
             admin.execute(_CLOSED_AT_BIRTH.encode())
 
         install_in(database.conn)
@@ -229,10 +234,9 @@ def test_an_event_trigger_that_closes_every_table_does_not_close_ours_to_writers
 ) -> None:
     """Without a policy nobody but the owner could insert into listener.change."""
     with new_project() as database:
-        url = database.owner.database_url.replace(f"//{PROJECT}@", "//postgres@")
         everywhere = _CLOSED_AT_BIRTH.replace("made.schema_name = 'public'", "true")
         assert everywhere != _CLOSED_AT_BIRTH
-        with psycopg.connect(url, autocommit=True) as admin:
+        with superuser(database) as admin:
             admin.execute(everywhere.encode())
 
         install_in(database.conn)

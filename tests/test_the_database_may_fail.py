@@ -89,10 +89,7 @@ def test_a_server_without_a_free_connection_is_waited_for(make_server: MakeServe
     server = make_server("max_connections=12", "superuser_reserved_connections=0")
     with installed(server) as database, serving(database), ExitStack() as stack:
         wait_until(lambda: is_asleep(database))
-        database.rows(
-            "select pg_terminate_backend(pid) from pg_stat_activity "
-            "where application_name like 'listener-w%%'"
-        )
+        database.terminate("listener-w%")
         assert wait_until(lambda: not connects(database, stack))
         database.insert("no connection is free")
         stack.close()

@@ -12,7 +12,15 @@ import pytest
 from listener.database import Connection, connect
 from listener.embedded import Server
 from listener.queue import Queue
-from tests.harness import Database, TinyEmbedder, install_demo, is_asleep, serving, wait_until
+from tests.harness import (
+    Database,
+    TinyEmbedder,
+    install_demo,
+    is_asleep,
+    serve_once,
+    serving,
+    wait_until,
+)
 from tests.test_docs import README
 from tests.test_install import install_in
 from tests.test_writers_are_safe import STRICT, UPDATE, impatient, insert, partition, prepare
@@ -200,7 +208,6 @@ def test_a_queue_out_of_order_fails_writers_until_the_triggers_are_switched_off(
         writer.execute(UPDATE, ["c", min(written)])
     install_in(database.conn)
     written.add(insert(database.conn, "queued again"))
-    with serving(database, once=True) as service:
-        service.thread.join()
+    serve_once(database)
     assert set(database.embedded()) == written
     database.assert_invariant()
