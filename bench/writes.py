@@ -72,6 +72,8 @@ def _database(cluster: Cluster, name: str, filled: int, indexed: bool) -> Iterat
         systems.listener().install(url)
         with connect(Settings(database_url=url), "bench") as conn:
             conn.execute(queries.SERVICE_SESSION)
+            # As the service does, what is executed again and again is prepared.
+            conn.prepare_threshold = 5
             # An index over thousands of vectors takes longer than a statement of the service may.
             conn.execute("set statement_timeout = 0")
             if filled:

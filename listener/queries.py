@@ -269,15 +269,16 @@ where q.event_id = any(%(event_ids)s)
 # Store and acknowledge. The joins fence out a claim whose lease has passed to another worker, an
 # event that changed while it was encoded (by its version, and by its text even where triggers were
 # off), and one deleted meanwhile. Events and vectors that somebody holds are skipped rather than
-# waited for: they are about to change or go, and a wait would hold up who needs the others.
+# waited for: they are about to change or go, and a wait would hold up who needs the others. Vectors
+# come in at the end, by their place; every step before would copy them.
 WRITE = """
 with done as (
   select *
   from unnest(
-    %(event_ids)s, %(versions)s::integer[], %(hashes)b::bytea[], %(embeddings)b
-  ) as d (event_id, version, content_hash, embedding)
+    %(event_ids)s, %(versions)s::integer[], %(hashes)b::bytea[]
+  ) with ordinality as d (event_id, version, content_hash, place)
 ), held as materialized (
-  select q.event_id, d.content_hash, d.embedding
+  select q.event_id, d.content_hash, d.place
   from done d
   join listener.queue q
     on q.event_id = d.event_id
@@ -286,7 +287,7 @@ with done as (
   order by q.event_id
   for update of q skip locked
 ), alive as materialized (
-  select h.event_id, h.content_hash, h.embedding, m.event_id is not null as has_vector
+  select h.event_id, h.content_hash, h.place, m.event_id is not null as has_vector
   from held h
   join listener.event e on e.id = h.event_id
   left join listener.embedding m on m.event_id = h.event_id
@@ -305,7 +306,12 @@ with done as (
 ), stored as (
   insert into listener.embedding as m
     (event_id, embedding, model, content_hash, embedded_at)
-  select a.event_id, a.embedding, %(model)s, a.content_hash, clock_timestamp()
+  select
+    a.event_id,
+    (%(embeddings)b)[a.place::integer],
+    %(model)s,
+    a.content_hash,
+    clock_timestamp()
   from alive a
   where not a.has_vector or a.event_id in (select r.event_id from replaceable r)
   order by a.event_id

@@ -57,17 +57,20 @@ class Queue:
         self._worker = worker
         self._position = _FIRST_PLACE
         self._next_look_back = time.monotonic() + _LOOK_BACK_SECONDS
-        self._retries_are_next = False
+        self._has_retries, self._retries_are_next = True, False
 
     def claim(self, events: int) -> Claim | None:
         """Lease at most this many of the events that are due: new changes, retries, backfill.
 
         None if nothing is due.
         """
-        # Where changes never cease, retries have a turn now and then, and in a flood every other.
-        if self._retries_are_next and (due := self._claim_due(events, backfill_events=0)):
-            self._retries_are_next = False
-            return due
+        # Where changes never cease, retries have a turn now and then, and in a flood every other
+        # while there are some.
+        if self._retries_are_next:
+            due = self._claim_due(events, backfill_events=0)
+            self._has_retries, self._retries_are_next = due is not None, False
+            if due:
+                return due
         return self.claim_changes(events) or self._claim_due(events, backfill_events=events)
 
     def claim_changes(self, events: int) -> Claim | None:
@@ -86,7 +89,7 @@ class Queue:
             self._position, self._retries_are_next = _FIRST_PLACE, False
             return None
         _, lease, self._position, changes, _ = rows[0]
-        self._retries_are_next = looks_back or changes >= events
+        self._retries_are_next = looks_back or (self._has_retries and changes >= events)
         return Claim(
             lease,
             event_ids=[event_id for event_id, *_ in rows],
@@ -255,8 +258,8 @@ class Queue:
         self, model: str, start: str | None, events: int, since: datetime | None = None
     ) -> SweepPage:
         """Queue what lacks a current embedding among one page of events, newest first."""
-        parameters = {"model": model, "start": start, "events": events, "since": since}
-        return SweepPage(*self._execute(queries.SWEEP, **parameters)[0])
+        rows = self._execute(queries.SWEEP, model=model, start=start, events=events, since=since)
+        return SweepPage(*rows[0])
 
     def discard_parked(self) -> None:
         """Drop parked events that no longer exist."""

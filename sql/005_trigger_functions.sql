@@ -19,11 +19,9 @@ as $$
 begin
   insert into listener.change (event_id)
   select n.id from new_events n;
-  if found
-    and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@)
-    and pg_catalog.pg_notification_queue_usage() < 0.5
-  then
-    perform pg_catalog.pg_notify('listener', '');
+  if found and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@) then
+    perform pg_catalog.pg_notify('listener', '')
+    where pg_catalog.pg_notification_queue_usage() < 0.5;
   end if;
   return null;
 end
@@ -59,11 +57,9 @@ begin
   end;
   insert into listener.change (event_id)
   select c.id from unnest(v_changed) as c (id);
-  if found
-    and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@)
-    and pg_catalog.pg_notification_queue_usage() < 0.5
-  then
-    perform pg_catalog.pg_notify('listener', '');
+  if found and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@) then
+    perform pg_catalog.pg_notify('listener', '')
+    where pg_catalog.pg_notification_queue_usage() < 0.5;
   end if;
   return null;
 end

@@ -233,6 +233,29 @@ def test_retries_have_their_turn_in_a_stream_of_changes_too(
     wait_until(retried)
 
 
+def test_a_flood_of_changes_looks_for_retries_once_if_there_are_none(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the next look back, which has a turn for them."""
+    monkeypatch.setattr("listener.queue._LOOK_BACK_SECONDS", 60.0)
+    database.insert(*"abcde")
+    asked = []
+
+    with database.service_session() as conn:
+        queue = Queue(conn, database.settings, None)
+        execute = queue._execute
+
+        def noting(statement: str, **parameters: object) -> list[object]:
+            asked.append(statement)
+            return execute(statement, **parameters)
+
+        monkeypatch.setattr(queue, "_execute", noting)
+        for _ in range(5):
+            claimed(queue, 1)
+
+    assert asked.count(queries.CLAIM) == 1
+
+
 def test_what_is_committed_late_has_its_turn_in_a_stream_of_changes(
     database: Database, queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
