@@ -7,16 +7,18 @@ import random
 import re
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from listener.counters import counters
+from listener.embedded import Server
 from listener.encoding import Encoder
 from listener.errors import ConnectionLost, SchemaError
 from listener.pipeline import Pipeline
-from listener.service import Service
+from listener.service import Service, _open_session
 from listener.stop import Stop
 from tests.harness import (
     Command,
@@ -94,6 +96,29 @@ def test_the_wait_grows_where_each_session_fails_at_once(
     Service(database.settings, Encoder(TinyEmbedder, 0), Impatient()).run()
 
     assert waits == [0.1, 0.2, 0.4, 0.4, 0.4, 0.4]
+
+
+def test_both_sessions_of_a_service_have_its_settings(server: Server, database: Database) -> None:
+    """The one that listens works at every other beat; and a dead client is found by the server."""
+    expected = {
+        "statement_timeout": "8s",
+        "lock_timeout": "6s",
+        "tcp_keepalives_idle": "10",
+        "tcp_keepalives_interval": "3",
+        "tcp_keepalives_count": "3",
+    }
+    assert server.port is not None
+    settings = database.through(server.port).settings
+    with (
+        closing(Encoder(TinyEmbedder, 0)) as encoder,
+        _open_session(settings, encoder, Stop(), {}) as session,
+    ):
+        found = [
+            {name: conn.execute(f"show {name}".encode()).fetchone() for name in expected}
+            for conn in session._connections
+        ]
+
+    assert found == [{name: (value,) for name, value in expected.items()}] * 2
 
 
 @pytest.mark.parametrize("names", [("listener-wake",), ("listener-work",), ("listener-w%",)])
