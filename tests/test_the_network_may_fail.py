@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+from tenacity import wait_fixed
 
+from listener.database import _LIVELINESS, connect
 from listener.embedded import Server
-from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
+from listener.errors import ConnectionLost
+from tests.harness import (
+    DEADLINE_SECONDS,
+    Database,
+    TinyEmbedder,
+    free_port,
+    is_asleep,
+    serving,
+    wait_until,
+)
 from tests.proxy import Proxy, proxied
 
 # What the product promises for a link that carries nothing and says nothing.
@@ -174,3 +187,31 @@ def test_a_database_that_can_not_be_reached_is_waited_for(
             proxy.refuses = False
 
             wait_until(database.embedded)
+
+
+def test_a_server_that_accepts_and_says_nothing_is_given_up(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who connects into a black hole would wait for minutes after it is gone."""
+    # The least that the driver takes; the other limits are of a connection that stands.
+    shorter = {name: 2 for name in _LIVELINESS if name == "connect_timeout"}
+    monkeypatch.setattr("listener.database._LIVELINESS", shorter)
+    with ThreadPoolExecutor(1) as thread, socket.create_server(("127.0.0.1", 0)) as silent:
+        settings = database.through(silent.getsockname()[1]).settings
+
+        connecting = thread.submit(connect, settings, "listener-test")
+
+        assert isinstance(connecting.exception(DEADLINE_SECONDS), ConnectionLost)
+
+
+def test_a_stop_ends_the_wait_between_two_attempts_to_connect(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However long the network has been away."""
+    monkeypatch.setattr(
+        "listener.database.wait_random_exponential", lambda **_: wait_fixed(3 * DEADLINE_SECONDS)
+    )
+    with serving(database.through(free_port())) as service:
+        wait_until(lambda: "connection_lost" in caplog.messages)
+
+        service.stop()
