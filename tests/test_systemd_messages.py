@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from listener import notify_systemd
 from listener.database import Connection
 from listener.embedded import Server
 from listener.pipeline import Pipeline
+from listener.status import read_backlog
 from listener.wakeup import Wakeup
 from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
 from tests.proxy import proxied
@@ -172,6 +174,13 @@ def test_the_status_has_backlog_and_lag(
         wait_until(lambda: systemd.status().startswith("backlog 1 events, lag 50"))
 
 
+def test_an_event_that_is_parked_is_no_backlog(database: Database) -> None:
+    """Nobody works on it, and its lag would grow for ever."""
+    database.park(*database.insert("a"))
+
+    assert str(read_backlog(database.conn)) == "backlog 0 events, lag 0.0 s"
+
+
 def test_a_large_backlog_is_not_counted_to_its_end(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,3 +231,38 @@ def test_a_systemd_that_does_not_listen_ends_no_service(
         database.wait_for_rest()
 
     assert "systemd_does_not_listen" in caplog.messages
+
+
+def test_a_systemd_that_does_not_read_holds_up_no_service(
+    database: Database,
+    systemd: Systemd,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its queue of messages is full; what can't be sent soon is not sent."""
+    monkeypatch.setattr(notify_systemd, "_SEND_SECONDS", 0.01)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.connect(systemd.channel.getsockname())
+        other.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                other.send(b"x")
+
+    with serving(database):
+        database.insert("a")
+        database.wait_for_rest()
+
+    assert "systemd_does_not_listen" in caplog.messages
+
+
+def test_an_abstract_socket_is_one_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As systemd names one where it has no directory to put it in."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        # The kernel chooses its name.
+        channel.bind("")
+        channel.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", channel.getsockname().decode().replace("\0", "@", 1))
+
+        notify_systemd.ready()
+
+        assert Systemd(channel).messages() == ["READY=1"]
