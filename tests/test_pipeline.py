@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from listener.claim import EventId
 from listener.encoding import Encoder
 from listener.errors import EncoderLost
 from listener.pipeline import Pipeline
@@ -20,13 +21,14 @@ from tests.harness import Database, TinyEmbedder, serving, wait_until
 
 @contextmanager
 def draining(
-    database: Database, embedder: TinyEmbedder
+    database: Database, embedder: TinyEmbedder, in_hand: dict[int, list[EventId]] | None = None
 ) -> Iterator[Callable[[Callable[[], object]], int]]:
     """A drain of one worker; its argument is called after each batch."""
+    in_hand = {} if in_hand is None else in_hand
     encoder = Encoder(lambda: embedder, 0)
     with database.service_session() as conn:
         queue = Queue(conn, database.settings, None)
-        pipeline = Pipeline(database.settings, queue, encoder, Stop(), {})
+        pipeline = Pipeline(database.settings, queue, encoder, Stop(), in_hand)
         yield lambda on_batch: pipeline.drain(lambda _: None, on_batch)
     embedder.may_run.set()
     encoder.close()
@@ -124,3 +126,18 @@ def test_what_a_hung_model_has_not_begun_is_given_back(database: Database) -> No
         (*first, 1, True),
         (*second, 0, False),
     ]
+
+
+def test_what_was_written_a_while_ago_is_in_hand_no_more(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all that a session ever wrote would be given back, claim by claim, at its end."""
+    monkeypatch.setattr("listener.pipeline._UNDONE_SECONDS", 0.0)
+    in_hand: dict[int, list[EventId]] = {}
+
+    with draining(database, TinyEmbedder(), in_hand) as drain:
+        for message in "abc":
+            last = database.insert(message)
+            drain(lambda: None)
+
+    assert list(in_hand.values()) == [last]
