@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -23,6 +24,10 @@ from tests.harness import (
 )
 
 MODEL = TinyEmbedder.fingerprint
+_WAITS = """
+select count(*) from pg_stat_activity
+where datname = current_database() and wait_event_type = 'Lock'
+"""
 
 
 @pytest.fixture
@@ -355,6 +360,16 @@ def test_a_reason_that_a_text_column_cannot_hold_is_kept_as_escapes(
     assert database.queue()[0][6] == "byte \\x00 and \\udcff"
 
 
+def test_a_long_reason_is_cut(database: Database, queue: Queue) -> None:
+    """A library may quote all that it was given."""
+    database.insert("a")
+    claim = claimed(queue)
+
+    queue.fail(claim.lease, claim.event_ids, "x" * 5000)
+
+    assert database.queue()[0][6] == "x" * 1000
+
+
 @pytest.mark.parametrize("text", ["nan", "zero"])
 def test_a_vector_that_is_no_unit_vector_never_reaches_the_table(
     database: Database, text: str
@@ -452,6 +467,23 @@ def test_a_writer_holding_an_event_does_not_stall_its_batch_mates(
     database.assert_invariant()
 
 
+def test_an_event_that_a_writer_holds_is_left_alone_for_a_while(
+    database: Database, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claimed again at once it would be encoded again and again until the writer lets go."""
+    monkeypatch.setattr("listener.queue._LATER_SECONDS", 3600.0)
+    database.insert("held")
+    claim = claimed(queue)
+    events = queue.read(claim)
+    with database.session() as writer, writer.transaction():
+        writer.execute("select from public.iot_events for update")
+
+        assert store(queue, claim, events) == []
+
+    assert queue.claim(1) is None
+    assert [row[3:5] for row in database.queue()] == [(0, False)]
+
+
 def test_a_sweep_queues_what_is_missing_outdated_or_of_another_model_and_nothing_twice(
     database: Database, queue: Queue
 ) -> None:
@@ -513,6 +545,15 @@ def test_a_retried_event_has_all_its_attempts_again(database: Database, queue: Q
     assert [(row[3], row[5]) for row in database.queue()] == [(0, False), (5, True)]
 
 
+def test_a_retried_event_tells_of_no_error(database: Database, queue: Queue) -> None:
+    """The last one that status shows would else be of what somebody has put right."""
+    database.park(*database.insert("a"))
+
+    queue.retry(None)
+
+    assert database.value("select last_error from listener.status") is None
+
+
 def test_a_change_of_a_parked_event_begins_it_anew(database: Database, queue: Queue) -> None:
     """With all its attempts, no error of the text before, and no age but that of the change."""
     database.park(*database.insert("a"))
@@ -571,6 +612,34 @@ def test_a_sweep_leaves_alone_what_waits_as_a_change(database: Database, queue: 
     database.insert("a")
 
     assert queue.sweep(MODEL, None, 10).queued == 0
+
+
+def test_the_embedding_of_an_event_that_comes_back_meanwhile_is_no_orphan(
+    database: Database, queue: Queue
+) -> None:
+    """With its id, and embedded anew, while the search for orphans runs."""
+    (event_id,) = database.insert("first")
+    claim = claimed(queue)
+    store(queue, claim, queue.read(claim))
+    # Nothing cascades.
+    database.rows("set session_replication_role = replica")
+    database.rows("delete from public.iot_events")
+    with database.session() as writer, ThreadPoolExecutor(1) as thread:
+        with writer.transaction():
+            writer.execute("select from public.event_embeddings for update")
+            deleted = thread.submit(queue.delete_orphans)
+            wait_until(lambda: database.value(_WAITS))
+            writer.execute(
+                "insert into public.iot_events (id, device_id, event_type, severity, message) "
+                "overriding system value values (%s, 'd', 't', 's', 'second')",
+                [event_id],
+            )
+            peer = Queue(writer, database.settings, None)
+            claim = claimed(peer)
+            assert store(peer, claim, peer.read(claim)) == [event_id]
+
+        assert deleted.result() == 0
+    database.assert_invariant()
 
 
 def test_two_hundred_updates_of_one_row_are_one_queue_row_and_the_last_text(
