@@ -165,6 +165,24 @@ def test_few_dead_rows_are_left_to_vacuum(database: Database, service: Connectio
     assert sizes(database)[1] > 0
 
 
+def test_many_dead_changes_are_enough(database: Database, service: Connection) -> None:
+    """An event that changes all the time has many of them, and one row in the queue."""
+    (event_id,) = database.insert("a")
+    database.rows(
+        "insert into listener.change (event_id) select %s from generate_series(1, %s)",
+        event_id,
+        _MANY,
+    )
+    claimed(Queue(service, database.settings, None), 2 * _MANY)
+    service.execute("select pg_stat_force_next_flush()")
+
+    def is_emptied() -> bool:
+        beat(service, None)
+        return sizes(database)[1] == 0
+
+    wait_until(is_emptied)
+
+
 def test_a_publication_for_all_tables_refuses_no_claim(
     database: Database, service: Connection
 ) -> None:
