@@ -19,7 +19,7 @@ from listener import install
 from listener.catalogue import read_facts
 from listener.config import Settings
 from listener.database import Connection, connect, register_vector
-from listener.errors import SchemaError
+from listener.errors import ConnectionLost, SchemaError
 from listener.preflight import require_installable
 from listener.template import Step, sql_text
 from tests.harness import Database, TinyEmbedder, environment, listener, serve_once, serving
@@ -103,6 +103,22 @@ def test_every_kind_of_key_is_embedded_swept_and_found(
         assert database.value("select count(*) from listener.describe(%s)", str(ids.pop())) == 1
 
 
+@pytest.mark.parametrize("created_at", ["timestamptz", "text not null default 'yesterday'"])
+def test_a_created_at_that_is_null_or_no_time_hides_no_event_from_the_sweep(
+    new_database: NewDatabase, created_at: str
+) -> None:
+    """Though it has an index."""
+    columns = f"{KEYS['uuid']}, message text, created_at {created_at}"
+    with new_database() as url, with_events(url, columns) as database:
+        database.rows("create index on public.iot_events (created_at)")
+        database.rows("insert into public.iot_events (message) values ('a'), ('b')")
+        install_in(database.conn)
+
+        serve_once(database)
+
+        assert len(database.embedded()) == 2
+
+
 def test_a_second_install_changes_nothing_and_waits_for_no_lock_on_iot_events(
     database: Database,
 ) -> None:
@@ -132,6 +148,14 @@ def test_a_failing_install_leaves_nothing_behind(new_database: NewDatabase) -> N
 
         assert database.value("select to_regnamespace('listener')") is None
         assert database.value("select to_regclass('public.event_embeddings')") is None
+
+
+def test_an_install_whose_connection_breaks_was_not_refused(database: Database) -> None:
+    """No object and no right is to be looked for."""
+    fatal = Step("fatal", "select pg_terminate_backend(pg_backend_pid())")
+
+    with database.session() as conn, pytest.raises(ConnectionLost):
+        install.apply_plan(conn, install.Plan((fatal,), ()))
 
 
 @pytest.mark.parametrize(
@@ -531,6 +555,43 @@ def test_another_table_of_the_name_is_taken_over_by_an_install(
     assert "FROM iot_events e" in static.value(policy)
     static.rows("delete from public.iot_events")
     assert static.embedded() == {}
+
+
+def test_where_another_table_took_the_name_the_old_one_may_go_and_events_be_renumbered(
+    new_database: NewDatabase,
+) -> None:
+    """Nothing of ours holds on to the one, and the key is the same on the other."""
+    columns = "id bigint primary key, message text"
+    with new_database() as url, with_events(url, columns) as database:
+        install_in(database.conn)
+        database.rows("alter table public.iot_events rename to iot_events_old")
+        database.rows(f"create table public.iot_events ({columns})")
+        install_in(database.conn)
+        database.rows("insert into public.iot_events values (1, 'a')")
+        serve_once(database)
+
+        database.rows("drop table public.iot_events_old")
+        database.rows("update public.iot_events set id = 2")
+
+        assert set(database.embedded()) == {2}
+
+
+def test_a_foreign_key_that_does_not_cascade_is_put_right_by_install(database: Database) -> None:
+    """With it, an event that is embedded could not be deleted."""
+    database.rows(
+        "alter table public.event_embeddings drop constraint event_embeddings_event_id_fkey, "
+        "add constraint event_embeddings_event_id_fkey foreign key (event_id) "
+        "references public.iot_events (id)"
+    )
+    with pytest.raises(SchemaError, match="the foreign key of event_embeddings"):
+        install.verify(database.conn)
+
+    install_in(database.conn)
+
+    database.insert("a")
+    serve_once(database)
+    database.rows("delete from public.iot_events")
+    assert database.embedded() == {}
 
 
 @pytest.mark.parametrize("ddl", ["rename column message to note", "drop column message"])
