@@ -73,12 +73,13 @@ def in_the_background(act: Callable[[], object]) -> Iterator[Future[object]]:
         yield thread.submit(act)
 
 
-def is_waiting(database: Database) -> bool:
-    """Whether an installing session waits for a lock."""
+def is_waiting(database: Database, name: str = "listener-install") -> bool:
+    """Whether a session of this name, else an installing one, waits for a lock."""
     return bool(
         database.value(
             "select count(*) from pg_stat_activity where datname = current_database() "
-            "and application_name = 'listener-install' and wait_event_type = 'Lock'"
+            "and application_name = %s and wait_event_type = 'Lock'",
+            name,
         )
     )
 
@@ -249,6 +250,29 @@ def test_an_upgrade_gives_way_before_a_worker_loses_a_deadlock_with_it(database:
             worker.execute("commit")
 
     assert isinstance(upgrade.exception(), errors.LockNotAvailable)
+
+
+def test_an_install_that_loses_a_deadlock_is_tried_again(database: Database) -> None:
+    """With somebody who takes the locks in another order than writers do."""
+    told: list[str] = []
+    with database.session("migration") as other, database.session() as conn:
+        # So that it is ours that finds it.
+        conn.execute("set deadlock_timeout = '10ms'")
+        other.execute("set deadlock_timeout = '1min'")
+        other.execute("begin")
+        other.execute("lock table listener.change")
+
+        def change() -> None:
+            conn.execute("lock table public.iot_events")
+            if not told:
+                threads.submit(other.execute, "lock table public.iot_events; commit")
+                wait_until(lambda: is_waiting(database, "migration"))
+            conn.execute("lock table listener.change")
+
+        with ThreadPoolExecutor(1) as threads:
+            patience.patiently(conn, change, told.append)
+
+    assert len(told) == 1
 
 
 def test_an_upgrade_with_live_workers_loses_nothing(database: Database) -> None:
