@@ -415,6 +415,33 @@ def test_row_security_that_hides_rows_from_their_owner_is_refused(
             install_in(database.conn)
 
 
+def test_row_security_hides_nothing_from_an_owner_that_is_past_it(
+    make_server: MakeServer,
+) -> None:
+    """Though it is forced."""
+    with plain_owner(make_server()) as (database, admin):
+        admin.execute("alter role plain bypassrls")
+        database.rows(
+            "alter table public.iot_events enable row level security, force row level security"
+        )
+        install_in(database.conn)
+
+        assert embeds(database, 1)
+
+
+def test_row_security_is_about_who_installed_and_not_about_the_service(database: Database) -> None:
+    """Its views read with the rights of a superuser here."""
+    for table_name in ("iot_events", "event_embeddings"):
+        database.rows(
+            f"alter table public.{table_name} enable row level security, force row level security"
+        )
+    database.insert("a")
+
+    serve_once(database)
+
+    assert len(database.embedded()) == 1
+
+
 def test_the_service_needs_no_right_on_schema_public(
     database: Database, static_model: Path
 ) -> None:
