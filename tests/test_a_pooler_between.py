@@ -9,6 +9,7 @@ import pytest
 
 from listener import service
 from listener.embedded import Server
+from listener.metrics import make_registry
 from tests.harness import Database, TinyEmbedder, serving, wait_until
 from tests.pooler import needs_pgbouncer, pooled
 
@@ -79,3 +80,16 @@ def test_behind_a_pooler_no_session_setting_reaches_the_other_clients(
         for _ in range(5):
             assert other.execute("show statement_timeout").fetchone() == ("0",)
             assert other.execute("show synchronous_commit").fetchone() == ("on",)
+
+
+def test_behind_a_pooler_no_limit_of_a_scrape_reaches_the_other_clients(
+    behind_pooler: Database,
+) -> None:
+    """It ends with the transaction of the scrape."""
+    registry = make_registry(behind_pooler.settings)
+
+    wait_until(lambda: registry.get_sample_value("listener_database_up"))
+
+    with behind_pooler.service_session() as other:
+        for _ in range(5):
+            assert other.execute("show statement_timeout").fetchone() == ("0",)

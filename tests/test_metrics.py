@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from wsgiref.simple_server import demo_app
 
 import pytest
 import yaml
@@ -21,9 +22,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from listener.config import Settings
 from listener.embedded import Server
-from listener.endpoint import start_endpoint
+from listener.endpoint import _Handler, _listen, start_endpoint
 from listener.errors import ConfigError
-from tests.harness import Command, Database, free_port, listener, wait_until
+from listener.metrics import make_registry
+from tests.harness import DEADLINE_SECONDS, Command, Database, free_port, listener, wait_until
 from tests.proxy import Proxy, proxied
 from tests.test_docs import README, ROOT, table
 
@@ -264,6 +266,23 @@ def test_a_scrape_that_is_never_answered_is_given_up(
     wait_until(lambda: endpoint.value("listener_database_up") == 1, 60)
 
 
+def test_no_scrape_waits_on_at_the_server_for_somebodys_lock(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There would be one more of them with each."""
+    monkeypatch.setattr("listener.metrics._GAUGES_LIMIT", 0.2)
+    sessions = (
+        "select count(*) from pg_stat_activity where datname = current_database() "
+        "and application_name = 'listener-metrics'"
+    )
+
+    with database.session() as migration, migration.transaction():
+        migration.execute("lock table listener.queue in access exclusive mode")
+        assert make_registry(database.settings).get_sample_value("listener_database_up") == 0
+
+        wait_until(lambda: not database.value(sessions))
+
+
 def test_a_loop_that_hangs_is_not_healthy(
     database: Database, watch: Callable[..., Endpoint]
 ) -> None:
@@ -352,6 +371,20 @@ def test_a_client_that_leaves_is_no_line_in_the_log(
 
     assert endpoint.worker.end() == 0
     assert "Traceback" not in endpoint.worker.output()
+
+
+def test_a_client_that_says_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a thread."""
+    monkeypatch.setattr(_Handler, "timeout", min(_Handler.timeout, 0.05))
+    settings = Settings(metrics_port=free_port())
+
+    with (
+        _listen(settings, demo_app) as server,
+        socket.create_connection(("127.0.0.1", server.server_port), DEADLINE_SECONDS) as client,
+    ):
+        server.handle_request()
+
+        assert client.recv(1) == b""
 
 
 @pytest.mark.parametrize("port", [99_999])
