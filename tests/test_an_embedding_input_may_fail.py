@@ -9,7 +9,7 @@ import pytest
 from listener import queries
 from listener.counters import counters
 from listener.database import Connection
-from listener.errors import ConnectionLost, SchemaError
+from listener.errors import ConnectionLost, SchemaError, StatementTimeout
 from listener.queue import Queue
 from tests.harness import (
     Database,
@@ -243,6 +243,24 @@ def test_a_lock_that_is_waited_for_fails_no_event(
     assert len(store(queue, claim, queue.read(claim))) == 1
 
 
+def test_behind_a_pooler_what_takes_too_long_fails_no_event(
+    database: Database, service_session: Connection
+) -> None:
+    """Without limits of the service's own, it may have waited for a lock."""
+    queue = Queue(service_session, database.settings, worker=None)
+    database.insert("an event")
+    claim = claimed(queue)
+    events = queue.read(claim)
+    service_session.execute("set statement_timeout = '100ms'")
+
+    with database.session() as migration, migration.transaction():
+        migration.execute("lock table public.event_embeddings in share mode")
+        with pytest.raises(StatementTimeout):
+            store(queue, claim, events)
+
+    assert [row[3:] for row in database.queue()] == [(1, True, False, None)]
+
+
 def test_a_sweep_of_slow_events_takes_smaller_pages(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -280,6 +298,27 @@ def test_a_sweep_that_can_not_get_past_an_event_is_given_up_until_the_next(
         wait_until(lambda: event_id in database.embedded())
 
         assert database.value("select last_value from listener.worker_token") == 1
+
+
+def test_the_sweep_after_one_that_was_given_up_begins_with_the_newest(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or nothing newer than the event that it can't get past would ever be swept again."""
+    shorter = queries.SERVICE_SESSION.replace("'8s'", "'0.5s'")
+    monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
+    monkeypatch.setattr("listener.service._SWEEP_PAGE", 1)
+    replace_input(database, "perform pg_catalog.pg_sleep(9)")
+    database.park(*database.insert("bad"))
+    # A page is read with one event more, where the next begins.
+    database.insert("newer", "newest")
+
+    with serving(database.with_settings(backfill_last_n=2, sweep_seconds=0.1)):
+        wait_until(lambda: any(r.msg == "sweep_given_up" for r in caplog.records))
+        with database.conn.transaction():
+            (missed,) = database.insert("missed by a trigger")
+            database.rows("delete from listener.change")
+
+        wait_until(lambda: missed in database.embedded())
 
 
 @pytest.mark.parametrize("name", FAILURES)
