@@ -23,6 +23,7 @@ from listener.embedded import Server
 from listener.errors import ConfigError
 from listener.model import locate
 from listener.report import Report, require_reports_dir, write_report
+from listener.search import describe
 from tests.harness import (
     Command,
     Database,
@@ -147,6 +148,29 @@ def test_show_of_no_event_says_so(database: Database, event_id: str, says: str) 
 
     assert finished.returncode == 2
     assert says in finished.stderr
+
+
+def test_show_where_nothing_is_installed_says_so(database: Database) -> None:
+    """Exit 3 and one line."""
+    database.rows("drop schema listener cascade")
+
+    finished = listener(database.settings, "show", "1", check=False)
+
+    assert finished.returncode == 3
+    (line,) = finished.stderr.splitlines()
+    assert line.endswith("run `listener install`")
+
+
+def test_an_event_that_was_parked_and_has_changed_is_shown_as_pending(database: Database) -> None:
+    """It is tried again already."""
+    (event_id,) = database.insert("a")
+    database.park(event_id)
+    database.rows("update public.iot_events set message = 'b'")
+
+    state = describe(database.conn, str(event_id))
+
+    assert state is not None
+    assert (state.pending, state.parked) == (True, False)
 
 
 def test_search_finds_by_meaning(database: Database, minilm: Path) -> None:

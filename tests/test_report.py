@@ -127,6 +127,17 @@ def test_an_empty_database_has_a_report(static: Database) -> None:
     assert "None is seen" in text
 
 
+def test_an_event_from_the_end_of_time_has_no_latency(static: Database) -> None:
+    """Nor the report a failure."""
+    static.rows("alter table public.iot_events alter created_at set default 'infinity'")
+    embed(static, "a")
+
+    text = page_of(static)
+
+    assert "Half within" not in text
+    assert "1 in the busiest second" in text
+
+
 def test_without_created_at_the_report_says_so(static: Database) -> None:
     """And has the rest."""
     static.rows("alter table public.iot_events drop column created_at cascade")

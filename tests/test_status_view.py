@@ -23,6 +23,19 @@ def test_the_view_tells_what_waits_by_lane_and_what_is_parked(database: Database
     assert database.value("select pending from listener.status") == database.value(queries.PENDING)
 
 
+def test_the_last_error_is_that_of_the_newest_parked_event(database: Database) -> None:
+    """What was parked long ago is known by now."""
+    older, newer = database.insert("older", "newer")
+    database.park(newer, older)
+    database.rows(
+        "update listener.queue set error = 'older', queued_at = now() - interval '1 h' "
+        "where event_id = %s",
+        older,
+    )
+
+    assert database.value("select last_error from listener.status") == "why"
+
+
 def test_the_view_tells_what_is_embedded_and_who_lives(database: Database) -> None:
     """Exact up to the limit of counting; ages are null where nothing waits."""
     database.insert("a", "b")
