@@ -85,6 +85,21 @@ def test_what_was_left_out_is_told_with_the_next_line_of_any_kind(
     assert repeats(lines) == 22
 
 
+def test_a_clock_that_is_set_back_silences_nothing(
+    logger: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not until the clock is where it was."""
+    configure_logs(Settings(log_format="json"))
+    said = {"levelno": logging.WARNING, "levelname": "WARNING", "msg": "connection_lost"}
+
+    for created in [10_000.0] * 7 + [1_000.0]:
+        logger.handle(logging.makeLogRecord({**said, "created": created}))
+
+    lines = written(capsys)
+    assert len(lines) == 7
+    assert repeats(lines) == 8
+
+
 def test_other_events_and_causes_are_not_held_back(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
