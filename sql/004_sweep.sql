@@ -95,24 +95,26 @@ begin
   with page as materialized (
     select
       e.id as event_id,
-      listener.content_hash(e.*) as content_hash,
-      @position@ as position
+      -- Not of the row after the page, on which embedding_input may take too long.
+      case
+        when row_number() over newest_first <= p_limit then listener.content_hash(e.*)
+      end as content_hash,
+      @position@ as position,
+      (row_number() over newest_first)::integer as place
     from public.iot_events e
     where @from_position@
       and @in_time@
+    window newest_first as (order by @newest_first@)
     order by @newest_first@
     limit p_limit + 1
-  ), numbered as materialized (
-    -- A materialized page is read in the order in which it was sorted.
-    select *, (row_number() over ())::integer as place from page
   )
   select
-    n.event_id,
-    n.content_hash,
-    n.place,
-    (select last.position::pg_catalog.text from numbered last where last.place = p_limit + 1)
-  from numbered n
-  where n.place <= p_limit;
+    p.event_id,
+    p.content_hash,
+    p.place,
+    (select beyond.position::pg_catalog.text from page beyond where beyond.place = p_limit + 1)
+  from page p
+  where p.place <= p_limit;
 end
 $$;
 

@@ -300,6 +300,19 @@ def test_a_sweep_that_can_not_get_past_an_event_is_given_up_until_the_next(
         assert database.value("select last_value from listener.worker_token") == 1
 
 
+def test_a_page_of_a_sweep_asks_for_no_text_beyond_its_end(
+    database: Database, service_session: Connection
+) -> None:
+    """Or the event next to one that takes too long could not be swept."""
+    replace_input(database, "perform pg_catalog.pg_sleep(9)")
+    _, newer = database.insert("bad", "newer")
+    database.forget_queue()
+
+    Queue(service_session, database.settings, None).sweep(MODEL, None, 1)
+
+    assert [row[0] for row in database.queue()] == [newer]
+
+
 def test_the_sweep_after_one_that_was_given_up_begins_with_the_newest(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -309,8 +322,7 @@ def test_the_sweep_after_one_that_was_given_up_begins_with_the_newest(
     monkeypatch.setattr("listener.service._SWEEP_PAGE", 1)
     replace_input(database, "perform pg_catalog.pg_sleep(9)")
     database.park(*database.insert("bad"))
-    # A page is read with one event more, where the next begins.
-    database.insert("newer", "newest")
+    database.insert("newer")
 
     with serving(database.with_settings(backfill_last_n=2, sweep_seconds=0.1)):
         wait_until(lambda: any(r.msg == "sweep_given_up" for r in caplog.records))
