@@ -34,6 +34,7 @@ from listener.queue import Queue
 from listener.report import Report, require_reports_dir, write_report
 from listener.status import count_parked, count_pending, other_model, read_workers
 from listener.stop import Stop
+from listener.upkeep import delete_orphans, retry
 
 # On a machine that it shares with the database, writers come first: where they leave no processor
 # time, events wait in the queue.
@@ -128,7 +129,7 @@ def backfill_command(
         queue = Queue(conn, settings, None)
         before = count_pending(conn)
         queued = queue_events(queue, model, last, moment, _tell_queued)
-        orphans = queue.delete_orphans() if everything else 0
+        orphans = delete_orphans(conn) if everything else 0
         steps = [
             f"looked at {queued.scanned} events, queued {queued.queued}",
             f"deleted {orphans} embeddings of events that are gone",
@@ -213,9 +214,8 @@ def retry_command(ids: tuple[str, ...], everything: bool) -> None:
     require_reports_dir(settings)
     with connect(settings, "listener-retry") as conn:
         wanted = _event_ids(read_facts(conn), ids)
-        queue = Queue(conn, settings, None)
         before = count_parked(conn)
-        retried = queue.retry(None if everything else list(wanted))
+        retried = retry(conn, None if everything else list(wanted))
         after = count_parked(conn)
     if retried:
         report = Report(

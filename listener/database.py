@@ -116,7 +116,7 @@ def connect(settings: Settings, name: str, *, as_service: bool = False) -> Conne
     try:
         with translated():
             register_vector(conn)
-    except ListenerError:
+    except (ListenerError, psycopg.Error):
         conn.close()
         raise
     return conn

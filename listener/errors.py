@@ -4,7 +4,8 @@ ListenerError            one clear line on stderr
 ├── ConfigError       exit 2: a setting or the model; a human must act
 ├── SchemaError       exit 3: something that `listener install` or the owner provides is missing
 ├── ConnectionLost    back off, connect again, LISTEN, drain
-│   └── StatementTimeout  where a smaller statement may do: that, else the same
+│   ├── StatementTimeout  where a smaller statement may do: that, else the same
+│   └── LostOverEvents    the same; if it was so the last time, what was in hand is to blame
 ├── EmbeddingError    one event's fault: try it again later, in the end park it
 ├── ModelFault        the model's fault: nothing is parked, leases are given back, wait
 └── EncoderLost       exit 1: a hung model, a failed GPU; the process ends, to be started again
@@ -43,6 +44,10 @@ class ConnectionLost(ListenerError):
 
 class StatementTimeout(ConnectionLost):
     """The server gave a statement up that ran for too long; the connection is as it was."""
+
+
+class LostOverEvents(ConnectionLost):
+    """Lost within a statement that reads the texts of events or stores their vectors."""
 
 
 class EmbeddingError(ListenerError):

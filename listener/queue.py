@@ -19,7 +19,7 @@ from listener.claim import Claim, Event, EventId, Vector
 from listener.config import Settings
 from listener.counters import counters
 from listener.database import Connection, Vectors, translated
-from listener.errors import ConnectionLost, SchemaError
+from listener.errors import ConnectionLost, LostOverEvents, SchemaError
 from listener.health import health
 from listener.logs import log
 
@@ -50,9 +50,15 @@ class SweepPage:
 class Queue:
     """One worker's hold on the queue. Raises ConnectionLost and SchemaError throughout."""
 
-    def __init__(self, conn: Connection, settings: Settings, worker: int | None) -> None:
-        """`worker` None: without a session of its own (a pooler), known by its leases only."""
+    def __init__(
+        self, conn: Connection, settings: Settings, worker: int | None, reads_apart: bool = False
+    ) -> None:
+        """`worker` None: without a session of its own (a pooler), known by its leases only.
+
+        With `reads_apart` a claim stands before its texts are read, until nothing is due.
+        """
         self._conn = conn
+        self._reads_apart = reads_apart
         self._settings = settings
         self._worker = worker
         self._position = _FIRST_PLACE
@@ -60,10 +66,7 @@ class Queue:
         self._has_retries, self._retries_are_next = True, False
 
     def claim(self, events: int) -> Claim | None:
-        """Lease at most this many of the events that are due: new changes, retries, backfill.
-
-        None if nothing is due.
-        """
+        """Lease at most this many due events, or None: new changes, retries, backfill."""
         # Where changes never cease, retries have a turn now and then, and in a flood every other
         # while there are some.
         if self._retries_are_next:
@@ -71,7 +74,9 @@ class Queue:
             self._has_retries, self._retries_are_next = due is not None, False
             if due:
                 return due
-        return self.claim_changes(events) or self._claim_due(events, backfill_events=events)
+        claim = self.claim_changes(events) or self._claim_due(events, backfill_events=events)
+        self._reads_apart = self._reads_apart and claim is not None
+        return claim
 
     def claim_changes(self, events: int) -> Claim | None:
         """Changes since the last time, from where that ended; None if there are none at all."""
@@ -103,9 +108,9 @@ class Queue:
         seconds, worker = self._settings.lease_seconds, self._worker
         given = {"position": position, "events": events, "lease_seconds": seconds, "worker": worker}
         # In a transaction, as that of `listener check`, a failure could not be tried again.
-        if self._conn.info.transaction_status == TransactionStatus.IDLE:
+        if not self._reads_apart and self._conn.info.transaction_status == TransactionStatus.IDLE:
             try:
-                return self._execute(queries.TAKE_AND_READ, **given)
+                return self._execute_on_events(queries.TAKE_AND_READ, **given)
             except (psycopg.Error, ConnectionLost, SchemaError) as error:
                 if self._conn.closed:
                     raise
@@ -144,7 +149,7 @@ class Queue:
         """
 
         def read(event_ids: Sequence[EventId], lease: int) -> list[Any]:
-            return self._execute(queries.READ, event_ids=list(event_ids), lease=lease)
+            return self._execute_on_events(queries.READ, event_ids=list(event_ids), lease=lease)
 
         def fail(event_id: EventId, reason: str) -> None:
             self.fail(claim.lease, [event_id], f"embedding_input: {reason}")
@@ -208,7 +213,7 @@ class Queue:
         return {event_id for (event_id,) in rows}
 
     def _write(self, lease: int, done: Sequence[tuple[Event, Vector]], model: str) -> list[EventId]:
-        rows = self._execute(
+        rows = self._execute_on_events(
             queries.WRITE,
             event_ids=[event.event_id for event, _ in done],
             versions=[event.version for event, _ in done],
@@ -261,22 +266,6 @@ class Queue:
         rows = self._execute(queries.SWEEP, model=model, start=start, events=events, since=since)
         return SweepPage(*rows[0])
 
-    def discard_parked(self) -> None:
-        """Drop parked events that no longer exist."""
-        self._execute(queries.DISCARD_PARKED)
-
-    def delete_orphans(self) -> int:
-        """Delete embeddings whose event is gone: deleted while triggers were off. Reads all."""
-        with translated():
-            return self._conn.execute(queries.DELETE_ORPHANS).rowcount
-
-    def retry(self, event_ids: Sequence[EventId] | None) -> list[EventId]:
-        """Parked events, these or all, back to the queue with their attempts forgotten."""
-        rows = self._execute(queries.RETRY, event_ids=event_ids and list(event_ids))
-        if rows:
-            self.notify()
-        return [event_id for (event_id,) in rows]
-
     def notify(self) -> None:
         """Wake a worker, whatever the gate says, to what was given back or put back."""
         self._execute(queries.NOTIFY, channel="listener", payload="")
@@ -295,6 +284,14 @@ class Queue:
             self._worker is not None,
             lambda: works_without_events(self._conn, lambda: run(items, _NOBODYS_LEASE)),
         )
+
+    def _execute_on_events(self, statement: str, **parameters: Any) -> list[Any]:
+        try:
+            return self._execute(statement, **parameters)
+        except ConnectionLost as error:
+            if not self._conn.closed:
+                raise
+            raise LostOverEvents(str(error)) from error
 
     def _execute(self, statement: str, **parameters: Any) -> list[Any]:
         health.progressed()

@@ -7,15 +7,18 @@ import random
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+
+import psycopg
 
 from listener import notify_systemd, queries
 from listener.claim import EventId
 from listener.config import Settings
 from listener.counters import counters
-from listener.database import Connection, connect, reconnecting, translated
+from listener.database import Connection, connect, describe, reconnecting, translated
 from listener.encoding import Encoder
-from listener.errors import ConnectionLost, ModelFault, StatementTimeout
+from listener.errors import ConnectionLost, ListenerError, LostOverEvents, ModelFault, SchemaError
 from listener.health import health
 from listener.install import verify
 from listener.logs import log
@@ -23,15 +26,26 @@ from listener.pipeline import Pipeline
 from listener.queue import Queue
 from listener.status import read_backlog
 from listener.stop import Stop
+from listener.sweep import Sweep
+from listener.upkeep import discard_parked
 from listener.wakeup import Wakeup
 from listener.worker import BEAT_SECONDS, Worker, beat
 
-# A page of the sweep: what is new waits for it.
-_SWEEP_PAGE, _SWEEP_PAGE_SECONDS = 500, 0.25
 # After sessions that end so soon the wait doubles, up to some seconds.
 _BRIEF_SECONDS, _MOST_DOUBLINGS = 2.0, 3
+# So often in a row a connection may be lost over events without any of them being to blame.
+_BY_CHANCE = 2
 # The numbers that systemd shows are as old as this.
 _STATUS_SECONDS = 15.0
+
+
+@dataclass
+class _Kept:
+    """What outlives a connection; `losses` in a row of one within a statement about events."""
+
+    sweep: Sweep
+    in_hand: dict[int, list[EventId]] = field(default_factory=dict)
+    losses: int = 0
 
 
 class Service:
@@ -42,7 +56,7 @@ class Service:
         self._settings = settings
         self._encoder = encoder
         self._stop = stop
-        self._in_hand: dict[int, list[EventId]] = {}
+        self._kept = _Kept(Sweep(settings))
 
     def run(self, *, once: bool = False) -> None:
         """Serve until stopped, or with `once` until nothing is due and the sweep is done.
@@ -55,9 +69,11 @@ class Service:
             began = time.monotonic()
             try:
                 self._connect_and_serve(once)
-            except ConnectionLost as error:
+            except (ConnectionLost, psycopg.Error) as error:
                 counters.reconnects += 1
-                log(logging.WARNING, "connection_lost", cause=error)
+                self._suspect(error)
+                cause = describe(error) if isinstance(error, psycopg.Error) else error
+                log(logging.WARNING, "connection_lost", cause=cause)
                 # A server that accepts connections and then fails must not be hammered.
                 was_brief = time.monotonic() - began < _BRIEF_SECONDS
                 doublings = min(doublings + 1, _MOST_DOUBLINGS) if was_brief else 0
@@ -77,13 +93,31 @@ class Service:
                     health.progressed()
                     notify_systemd.status("connecting to Postgres")
                     session = stack.enter_context(
-                        _open_session(self._settings, self._encoder, self._stop, self._in_hand)
+                        _open_session(self._settings, self._encoder, self._stop, self._kept)
                     )
-            if once:
-                session.run_once()
-            else:
-                with health.serving(self._encoder.fingerprint):
-                    session.serve()
+            try:
+                if once:
+                    session.run_once()
+                else:
+                    with health.serving(self._encoder.fingerprint):
+                        session.serve()
+            except SchemaError:
+                # No event is to blame that was in hand.
+                with suppress(ListenerError, psycopg.Error):
+                    session.give_back()
+                raise
+
+    def _suspect(self, error: ConnectionLost | psycopg.Error) -> None:
+        """Leave what was in hand as a dead worker's if it seems that the database fails on it.
+
+        So the event to blame is found, and parked, as one that kills the process is.
+        """
+        if not isinstance(error, (LostOverEvents, psycopg.Error)):
+            self._kept.losses = 0
+            return
+        self._kept.losses += 1
+        if self._kept.losses > _BY_CHANCE:
+            self._kept.in_hand.clear()
 
     def _wait_for_model(self, error: ModelFault) -> None:
         log(
@@ -102,7 +136,7 @@ class Service:
 
 @contextmanager
 def _open_session(
-    settings: Settings, encoder: Encoder, stop: Stop, in_hand: dict[int, list[EventId]]
+    settings: Settings, encoder: Encoder, stop: Stop, kept: _Kept
 ) -> Iterator[_Session]:
     """Connect twice, register the worker, LISTEN; the queue may be drained from here on."""
     with ExitStack() as stack:
@@ -121,7 +155,7 @@ def _open_session(
         else:
             # Behind a transaction pooler a statement prepared on one server is unknown to the next.
             work.prepare_threshold = wake.prepare_threshold = None
-        session = _Session(settings, encoder, stop, wakeup, worker, [work, wake], in_hand)
+        session = _Session(settings, encoder, stop, wakeup, worker, [work, wake], kept)
         session.give_back()
         yield session
 
@@ -137,7 +171,7 @@ class _Session:
         wakeup: Wakeup,
         worker: Worker | None,
         connections: list[Connection],
-        in_hand: dict[int, list[EventId]],
+        kept: _Kept,
     ) -> None:
         """The first of `connections` does the work."""
         self._stop = stop
@@ -147,14 +181,12 @@ class _Session:
         self._worker = worker
         self._connections = deque(connections)
         self._work = connections[0]
-        self._queue = Queue(self._work, settings, worker.number if worker else None)
-        self._pipeline = Pipeline(settings, self._queue, encoder, stop, in_hand)
+        number = worker.number if worker else None
+        self._queue = Queue(self._work, settings, number, reads_apart=kept.losses > 0)
+        self._pipeline = Pipeline(settings, self._queue, encoder, stop, kept.in_hand)
+        self._sweep = kept.sweep
         self._next_beat = time.monotonic()
         self._next_status = time.monotonic()
-        self._sweep_page_events = _SWEEP_PAGE
-        self._sweep_from: str | None = None
-        self._sweep_left = settings.backfill_last_n
-        self._next_sweep = time.monotonic() if settings.backfill_last_n else float("inf")
 
     def give_back(self) -> None:
         """What the lost connection left behind: nobody died of it, so no attempt is counted."""
@@ -163,7 +195,7 @@ class _Session:
     def serve(self) -> None:
         log(logging.INFO, "listening", model=self._encoder.fingerprint)
         notify_systemd.ready()
-        self._queue.discard_parked()
+        discard_parked(self._work)
         while not self._stop.is_set():
             self._after_step()
             seconds = self._wakeup.prepare_sleep()
@@ -178,6 +210,10 @@ class _Session:
     def _drain(self) -> int:
         return self._pipeline.drain(self._stay_awake, self._after_step)
 
+    def _sweep_page(self) -> bool:
+        """Only when nothing else is due. Returns whether there is more to do."""
+        return self._sweep.page(self._work, self._queue, self._encoder.fingerprint)
+
     def _stay_awake(self, is_much: bool) -> None:
         """There is more to do: let writers pass without NOTIFY, and call for help if it is much."""
         self._wakeup.open_gate()
@@ -186,7 +222,7 @@ class _Session:
 
     def _sleep(self, seconds: float) -> None:
         """Sleep in beats, until there is reason to look at the queue or the time is up."""
-        deadline = time.monotonic() + min(seconds, self._seconds_to_sweep())
+        deadline = time.monotonic() + min(seconds, self._sweep.seconds_left())
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
             self._tell_progress()
             to_beat = max(self._next_beat - time.monotonic(), 0.0)
@@ -214,43 +250,3 @@ class _Session:
         if notify_systemd.is_there() and time.monotonic() >= self._next_status:
             self._next_status = time.monotonic() + _STATUS_SECONDS
             notify_systemd.status(str(read_backlog(self._work)))
-
-    def _sweep_page(self) -> bool:
-        """Queue one page of the last N, only when nothing else is due. Returns whether it did.
-
-        A page at a time, so that live events never wait behind a long sweep and the queue stays
-        short.
-        """
-        if self._sweep_left <= 0 or self._seconds_to_sweep() > 0:
-            return False
-        events = min(self._sweep_page_events, self._sweep_left)
-        began = time.monotonic()
-        try:
-            page = self._queue.sweep(self._encoder.fingerprint, self._sweep_from, events)
-        except StatementTimeout as error:
-            self._sweep_page_events = max(events // 2, 1)
-            if events > 1:
-                return True
-            # To begin anew at once would meet the same event again.
-            log(logging.WARNING, "sweep_given_up", left=self._sweep_left, cause=error)
-            self._schedule_sweep()
-            return False
-        fitting = int(events * _SWEEP_PAGE_SECONDS / max(time.monotonic() - began, 1e-3))
-        self._sweep_page_events = min(max(fitting, 1), _SWEEP_PAGE)
-        self._sweep_from = page.next_from
-        self._sweep_left -= page.scanned
-        if page.queued:
-            log(logging.INFO, "backfill_queued", scanned=page.scanned, queued=page.queued)
-        if page.next_from is None or self._sweep_left <= 0:
-            self._schedule_sweep()
-        return page.queued > 0 or self._seconds_to_sweep() <= 0
-
-    def _schedule_sweep(self) -> None:
-        self._queue.discard_parked()
-        self._sweep_from = None
-        self._sweep_left = self._settings.backfill_last_n
-        wait = self._settings.sweep_seconds or float("inf")
-        self._next_sweep = time.monotonic() + wait
-
-    def _seconds_to_sweep(self) -> float:
-        return self._next_sweep - time.monotonic()

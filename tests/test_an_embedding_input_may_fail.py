@@ -15,6 +15,7 @@ from tests.harness import (
     Database,
     TinyEmbedder,
     claimed,
+    is_asleep,
     listener,
     serving,
     store,
@@ -261,6 +262,39 @@ def test_behind_a_pooler_what_takes_too_long_fails_no_event(
     assert [row[3:] for row in database.queue()] == [(1, True, False, None)]
 
 
+# What an extension that crashes, or a text that takes all memory, comes to for the service.
+_KILLS = "perform pg_catalog.pg_terminate_backend(pg_catalog.pg_backend_pid())"
+
+
+def test_an_event_over_which_the_connection_is_lost_is_parked_and_its_mates_are_stored(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time that it is read."""
+    monkeypatch.setattr("listener.service._BRIEF_SECONDS", 0.0)
+    replace_input(database, _KILLS)
+    bad, *mates = database.insert("bad", "a", "b")
+
+    with serving(database.with_settings(backfill_last_n=0, max_attempts=3)):
+        mates += database.insert("c")
+        wait_until(lambda: [row[0] for row in database.queue() if row[5]] == [bad])
+        wait_until(lambda: database.embedded().keys() == set(mates))
+
+
+def test_a_sweep_gets_on_where_the_connection_is_lost_over_an_event(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Up to that event; then it is given up until the next."""
+    monkeypatch.setattr("listener.service._BRIEF_SECONDS", 0.0)
+    replace_input(database, _KILLS)
+    database.park(*database.insert("bad"))
+    newer = database.insert("a", "b", "c")
+    database.rows("delete from listener.change")
+
+    with serving(database):
+        wait_until(lambda: database.embedded().keys() == set(newer))
+        wait_until(lambda: "sweep_given_up" in caplog.messages and is_asleep(database))
+
+
 def test_a_sweep_of_slow_events_takes_smaller_pages(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -319,7 +353,7 @@ def test_the_sweep_after_one_that_was_given_up_begins_with_the_newest(
     """Or nothing newer than the event that it can't get past would ever be swept again."""
     shorter = queries.SERVICE_SESSION.replace("'8s'", "'0.5s'")
     monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
-    monkeypatch.setattr("listener.service._SWEEP_PAGE", 1)
+    monkeypatch.setattr("listener.sweep._PAGE", 1)
     replace_input(database, "perform pg_catalog.pg_sleep(9)")
     database.park(*database.insert("bad"))
     database.insert("newer")

@@ -11,6 +11,7 @@ import pytest
 from listener import queries
 from listener.claim import Event
 from listener.queue import Queue
+from listener.upkeep import delete_orphans, retry
 from listener.worker import LOCK_CLASS
 from tests.harness import (
     Database,
@@ -534,22 +535,22 @@ def test_backfill_takes_no_more_than_the_last_n(database: Database) -> None:
     assert sorted(database.embedded()) == ids[-10:]
 
 
-def test_a_retried_event_has_all_its_attempts_again(database: Database, queue: Queue) -> None:
+def test_a_retried_event_has_all_its_attempts_again(database: Database) -> None:
     """retry puts a parked event back as if it were new."""
     first, second = database.insert("raise", "raise too")
     database.park(first, second)
 
-    retried = queue.retry([first])
+    retried = retry(database.conn, [first])
 
     assert retried == [first]
     assert [(row[3], row[5]) for row in database.queue()] == [(0, False), (5, True)]
 
 
-def test_a_retried_event_tells_of_no_error(database: Database, queue: Queue) -> None:
+def test_a_retried_event_tells_of_no_error(database: Database) -> None:
     """The last one that status shows would else be of what somebody has put right."""
     database.park(*database.insert("a"))
 
-    queue.retry(None)
+    retry(database.conn, None)
 
     assert database.value("select last_error from listener.status") is None
 
@@ -627,7 +628,7 @@ def test_the_embedding_of_an_event_that_comes_back_meanwhile_is_no_orphan(
     with database.session() as writer, ThreadPoolExecutor(1) as thread:
         with writer.transaction():
             writer.execute("select from public.event_embeddings for update")
-            deleted = thread.submit(queue.delete_orphans)
+            deleted = thread.submit(delete_orphans, database.conn)
             wait_until(lambda: database.value(_WAITS))
             writer.execute(
                 "insert into public.iot_events (id, device_id, event_type, severity, message) "

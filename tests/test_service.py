@@ -18,8 +18,9 @@ from listener.embedded import Server
 from listener.encoding import Encoder
 from listener.errors import ConnectionLost, SchemaError
 from listener.pipeline import Pipeline
-from listener.service import Service, _open_session
+from listener.service import Service, _Kept, _open_session
 from listener.stop import Stop
+from listener.sweep import Sweep
 from tests.harness import (
     Command,
     Database,
@@ -111,7 +112,7 @@ def test_both_sessions_of_a_service_have_its_settings(server: Server, database: 
     settings = database.through(server.port).settings
     with (
         closing(Encoder(TinyEmbedder, 0)) as encoder,
-        _open_session(settings, encoder, Stop(), {}) as session,
+        _open_session(settings, encoder, Stop(), _Kept(Sweep(settings))) as session,
     ):
         found = [
             {name: conn.execute(f"show {name}".encode()).fetchone() for name in expected}
@@ -119,6 +120,38 @@ def test_both_sessions_of_a_service_have_its_settings(server: Server, database: 
         ]
 
     assert found == [{name: (value,) for name, value in expected.items()}] * 2
+
+
+def test_what_the_schema_is_to_blame_for_counts_no_attempt(database: Database) -> None:
+    """However often the service is started, or its events would be parked for it."""
+    database.rows(
+        "create function public.audit() returns trigger language plpgsql "
+        "as $$begin perform from public.nothing; return null; end$$"
+    )
+    database.rows(
+        "create trigger audit after insert on public.event_embeddings "
+        "for each statement execute function public.audit()"
+    )
+    database.insert("a")
+
+    with pytest.raises(SchemaError, match="nothing"):
+        serve_once(database)
+
+    assert [row[3:5] for row in database.queue()] == [(0, False)]
+
+
+def test_a_service_goes_on_where_an_upgrade_changes_what_a_statement_returns(
+    database: Database,
+) -> None:
+    """What the session has prepared the server refuses from then on; a new one knows better."""
+    with serving(database):
+        for number in range(8):
+            database.insert(f"before {number}")
+            database.wait_for_rest()
+        database.rows("alter table listener.queue alter attempts type integer")
+
+        database.insert("after")
+        database.wait_for_rest()
 
 
 @pytest.mark.parametrize("names", [("listener-wake",), ("listener-work",), ("listener-w%",)])

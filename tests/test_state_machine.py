@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from listener.queue import Queue
+from listener.upkeep import delete_orphans, discard_parked, retry
 from listener.worker import beat
 from tests.harness import Database
 from tests.state_machine import MODEL, Change, Expected, Hand, How, Plant, Step, plant, step
@@ -194,7 +195,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.expected.leased.clear()
 
     def retry(self) -> None:
-        Queue(self.plant.device, self.database.settings, None).retry(None)
+        retry(self.plant.device, None)
 
     def sweep(self, is_full: bool) -> None:
         """A page for each event, so that no two are due at the same time."""
@@ -204,8 +205,8 @@ class QueueMachine(RuleBasedStateMachine):
             page = queue.sweep(MODEL, page.next_from, 1)
         self.expected.unseen.clear()
         if is_full:
-            queue.discard_parked()
-            queue.delete_orphans()
+            discard_parked(self.plant.device)
+            delete_orphans(self.plant.device)
             self.expected.orphans.clear()
 
     # --- what must hold ------------------------------------------------------------------------

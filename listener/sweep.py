@@ -1,0 +1,69 @@
+"""The sweep of the last N events, page by page, at start-up and on its timer."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from listener.config import Settings
+from listener.database import Connection
+from listener.errors import ConnectionLost, StatementTimeout
+from listener.logs import log
+from listener.queue import Queue
+from listener.upkeep import discard_parked
+
+# What is new waits for a page.
+_PAGE, _PAGE_SECONDS = 500, 0.25
+
+
+class Sweep:
+    """Where it stands. Outlives the connection, which is lost over one of its events perhaps."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._page_events = _PAGE
+        self._from: str | None = None
+        self._left = settings.backfill_last_n
+        self._next = time.monotonic() if settings.backfill_last_n else float("inf")
+
+    def seconds_left(self) -> float:
+        """Until it begins; 0 or less while it is under way."""
+        return self._next - time.monotonic()
+
+    def page(self, conn: Connection, queue: Queue, model: str) -> bool:
+        """Queue one page of the last N, if it is time to. Returns whether there is more to do.
+
+        A page at a time, so that live events never wait behind a long sweep and the queue stays
+        short. One that takes too long or that the connection is lost over is tried again by halves.
+        """
+        if self._left <= 0 or self.seconds_left() > 0:
+            return False
+        events = min(self._page_events, self._left)
+        began = time.monotonic()
+        try:
+            page = queue.sweep(model, self._from, events)
+        except ConnectionLost as error:
+            self._page_events = max(events // 2, 1)
+            if events == 1:
+                # To begin anew at once would meet the same event again.
+                log(logging.WARNING, "sweep_given_up", left=self._left, cause=error)
+                self._schedule()
+            if not isinstance(error, StatementTimeout):
+                raise
+            return events > 1
+        fitting = int(events * _PAGE_SECONDS / max(time.monotonic() - began, 1e-3))
+        # By doubling, or an event that was just found to be too much would be met in a full page.
+        self._page_events = min(max(fitting, 1), 2 * events, _PAGE)
+        self._from = page.next_from
+        self._left -= page.scanned
+        if page.queued:
+            log(logging.INFO, "backfill_queued", scanned=page.scanned, queued=page.queued)
+        if page.next_from is None or self._left <= 0:
+            self._schedule()
+            discard_parked(conn)
+        return page.queued > 0 or self.seconds_left() <= 0
+
+    def _schedule(self) -> None:
+        self._from = None
+        self._left = self._settings.backfill_last_n
+        self._next = time.monotonic() + (self._settings.sweep_seconds or float("inf"))

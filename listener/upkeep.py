@@ -1,0 +1,31 @@
+"""What is done to the queue beside the claims: what is gone is dropped, what is parked put back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from listener import queries
+from listener.claim import EventId
+from listener.database import Connection, translated
+
+
+def discard_parked(conn: Connection) -> None:
+    """Drop parked events that no longer exist."""
+    with translated():
+        conn.execute(queries.DISCARD_PARKED)
+
+
+def delete_orphans(conn: Connection) -> int:
+    """Delete embeddings whose event is gone: deleted while triggers were off. Reads all."""
+    with translated():
+        return conn.execute(queries.DELETE_ORPHANS).rowcount
+
+
+def retry(conn: Connection, event_ids: Sequence[EventId] | None) -> list[EventId]:
+    """Parked events, these or all, back to the queue with their attempts forgotten."""
+    with translated():
+        given = {"event_ids": event_ids and list(event_ids)}
+        rows = conn.execute(queries.RETRY, given).fetchall()
+        if rows:
+            conn.execute(queries.NOTIFY, {"channel": "listener", "payload": ""})
+    return [event_id for (event_id,) in rows]
