@@ -5,7 +5,7 @@ ListenerError            one clear line on stderr
 ├── SchemaError       exit 3: something that `listener install` or the owner provides is missing
 ├── ConnectionLost    back off, connect again, LISTEN, drain
 │   ├── StatementTimeout  where a smaller statement may do: that, else the same
-│   └── LostOverEvents    the same; if it was so the last time, what was in hand is to blame
+│   └── LostOverEvents    the same; if it is so again and again, what was in hand is to blame
 ├── EmbeddingError    one event's fault: try it again later, in the end park it
 ├── ModelFault        the model's fault: nothing is parked, leases are given back, wait
 └── EncoderLost       exit 1: a hung model, a failed GPU; the process ends, to be started again

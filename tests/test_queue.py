@@ -625,10 +625,10 @@ def test_the_embedding_of_an_event_that_comes_back_meanwhile_is_no_orphan(
     # Nothing cascades.
     database.rows("set session_replication_role = replica")
     database.rows("delete from public.iot_events")
-    with database.session() as writer, ThreadPoolExecutor(1) as thread:
+    with database.session() as writer, database.session() as conn, ThreadPoolExecutor(1) as thread:
         with writer.transaction():
             writer.execute("select from public.event_embeddings for update")
-            deleted = thread.submit(delete_orphans, database.conn)
+            deleted = thread.submit(delete_orphans, conn)
             wait_until(lambda: database.value(_WAITS))
             writer.execute(
                 "insert into public.iot_events (id, device_id, event_type, severity, message) "
