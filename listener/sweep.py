@@ -38,10 +38,9 @@ class Sweep:
         """
         if self._left <= 0 or self.seconds_left() > 0:
             return False
-        events = min(self._page_events, self._left)
-        began = time.monotonic()
+        events, queued = min(self._page_events, self._left), 0
         try:
-            page = queue.sweep(model, self._from, events)
+            queued = self._queue_page(queue, model, events)
         except ConnectionLost as error:
             self._page_events = max(events // 2, 1)
             if events == 1:
@@ -50,7 +49,13 @@ class Sweep:
                 self._schedule()
             if not isinstance(error, StatementTimeout):
                 raise
-            return events > 1
+        if self.seconds_left() > 0:
+            discard_parked(conn)
+        return queued > 0 or self.seconds_left() <= 0
+
+    def _queue_page(self, queue: Queue, model: str, events: int) -> int:
+        began = time.monotonic()
+        page = queue.sweep(model, self._from, events)
         fitting = int(events * _PAGE_SECONDS / max(time.monotonic() - began, 1e-3))
         # By doubling, or an event that was just found to be too much would be met in a full page.
         self._page_events = min(max(fitting, 1), 2 * events, _PAGE)
@@ -60,8 +65,7 @@ class Sweep:
             log(logging.INFO, "backfill_queued", scanned=page.scanned, queued=page.queued)
         if page.next_from is None or self._left <= 0:
             self._schedule()
-            discard_parked(conn)
-        return page.queued > 0 or self.seconds_left() <= 0
+        return page.queued
 
     def _schedule(self) -> None:
         self._from = None

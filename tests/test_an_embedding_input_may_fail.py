@@ -71,6 +71,13 @@ def replace_input(database: Database, on_bad: str, volatility: str = "stable") -
     )
 
 
+def limit_statements(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """Of the service's sessions from here on."""
+    shorter = queries.SERVICE_SESSION.replace("'8s'", f"'{limit}'")
+    assert shorter != queries.SERVICE_SESSION
+    monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
+
+
 @pytest.fixture
 def service_session(database: Database) -> Iterator[Connection]:
     """As the service's, but that a statement may take a second only."""
@@ -300,9 +307,7 @@ def test_a_sweep_of_slow_events_takes_smaller_pages(
 ) -> None:
     """One that takes too long would be begun again for ever; and new events wait for it."""
     caplog.set_level("INFO", "listener")
-    shorter = queries.SERVICE_SESSION.replace("'8s'", "'1s'")
-    assert shorter != queries.SERVICE_SESSION
-    monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
+    limit_statements(monkeypatch, "1s")
     replace_input(database, "null; end if; if pg_catalog.pg_sleep(0.02) is null then null")
     ids = database.insert(*map(str, range(60)))
     database.forget_queue()
@@ -321,8 +326,7 @@ def test_a_sweep_that_can_not_get_past_an_event_is_given_up_until_the_next(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Begun again at once it would meet it again, for ever; the connection is as good as before."""
-    shorter = queries.SERVICE_SESSION.replace("'8s'", "'1s'")
-    monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
+    limit_statements(monkeypatch, "1s")
     replace_input(database, "perform pg_catalog.pg_sleep(9)")
     database.park(*database.insert("bad"))
 
@@ -332,6 +336,23 @@ def test_a_sweep_that_can_not_get_past_an_event_is_given_up_until_the_next(
         wait_until(lambda: event_id in database.embedded())
 
         assert database.value("select last_value from listener.worker_token") == 1
+
+
+def test_a_sweep_that_is_given_up_drops_parked_events_that_were_deleted_all_the_same(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One event that takes too long would keep them in sight for ever."""
+    limit_statements(monkeypatch, "0.5s")
+    monkeypatch.setattr("listener.sweep._PAGE", 1)
+    replace_input(database, "perform pg_catalog.pg_sleep(9)")
+    bad, deleted = database.insert("bad", "deleted")
+    database.park(bad, deleted)
+
+    with serving(database.with_settings(backfill_last_n=4, sweep_seconds=0.1)):
+        wait_until(lambda: any(r.msg == "sweep_given_up" for r in caplog.records))
+        database.rows("delete from public.iot_events where id = %s", deleted)
+
+        wait_until(lambda: [row[0] for row in database.queue()] == [bad])
 
 
 def test_a_page_of_a_sweep_asks_for_no_text_beyond_its_end(
@@ -351,8 +372,7 @@ def test_the_sweep_after_one_that_was_given_up_begins_with_the_newest(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Or nothing newer than the event that it can't get past would ever be swept again."""
-    shorter = queries.SERVICE_SESSION.replace("'8s'", "'0.5s'")
-    monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
+    limit_statements(monkeypatch, "0.5s")
     monkeypatch.setattr("listener.sweep._PAGE", 1)
     replace_input(database, "perform pg_catalog.pg_sleep(9)")
     database.park(*database.insert("bad"))
