@@ -217,6 +217,16 @@ class Database:
             name,
         )
 
+    def waits(self, name: str) -> bool:
+        """Whether a session of this application_name waits for a lock."""
+        return bool(
+            self.value(
+                "select count(*) from pg_stat_activity where datname = current_database() "
+                "and application_name = %s and wait_event_type = 'Lock'",
+                name,
+            )
+        )
+
     def leased(self) -> int:
         """How many events are in a claim that holds."""
         return int(

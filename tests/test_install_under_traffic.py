@@ -73,17 +73,6 @@ def in_the_background(act: Callable[[], object]) -> Iterator[Future[object]]:
         yield thread.submit(act)
 
 
-def is_waiting(database: Database, name: str = "listener-install") -> bool:
-    """Whether a session of this name, else an installing one, waits for a lock."""
-    return bool(
-        database.value(
-            "select count(*) from pg_stat_activity where datname = current_database() "
-            "and application_name = %s and wait_event_type = 'Lock'",
-            name,
-        )
-    )
-
-
 def age(database: Database) -> None:
     """Make the installed objects those of an earlier version, as far as an install can tell."""
     database.rows("update listener.applied set digest = 'of an earlier version'")
@@ -224,7 +213,7 @@ def test_an_upgrade_takes_its_locks_in_the_order_of_the_writers(database: Databa
         # Where a long COPY is before its trigger fires.
         writer.execute("lock table public.iot_events in row exclusive mode")
         with in_the_background(lambda: install.apply_plan(conn, plan, told.append)):
-            wait_until(lambda: is_waiting(database))
+            wait_until(lambda: database.waits("listener-install"))
             insert(writer, "a")
             writer.execute("commit")
 
@@ -245,7 +234,7 @@ def test_an_upgrade_gives_way_before_a_worker_loses_a_deadlock_with_it(database:
         worker.execute("begin")
         worker.execute("select from listener.event limit 0")
         with in_the_background(lambda: conn.execute(plan.script.encode())) as upgrade:
-            wait_until(lambda: is_waiting(database))
+            wait_until(lambda: database.waits("listener-install"))
             worker.execute("delete from listener.queue")
             worker.execute("commit")
 
@@ -266,7 +255,7 @@ def test_an_install_that_loses_a_deadlock_is_tried_again(database: Database) -> 
             conn.execute("lock table public.iot_events")
             if not told:
                 threads.submit(other.execute, "lock table public.iot_events; commit")
-                wait_until(lambda: is_waiting(database, "migration"))
+                wait_until(lambda: database.waits("migration"))
             conn.execute("lock table listener.change")
 
         with ThreadPoolExecutor(1) as threads:

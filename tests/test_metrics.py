@@ -252,14 +252,10 @@ def test_a_scrape_that_is_never_answered_is_given_up(
     """Else there would be no numbers of the database until a restart."""
     endpoint = watch(database.through(proxy.port))
     wait_until(lambda: endpoint.value("listener_database_up") == 1)
-    waits = (
-        "select count(*) from pg_stat_activity where datname = current_database() "
-        "and application_name = 'listener-metrics' and wait_event_type = 'Lock'"
-    )
 
     with database.session() as other, other.transaction():
         other.execute("lock table listener.queue in access exclusive mode")
-        wait_until(lambda: endpoint.values() and database.value(waits))
+        wait_until(lambda: endpoint.values() and database.waits("listener-metrics"))
         proxy.black_hole()
     proxy.heal()
 

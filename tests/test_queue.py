@@ -25,10 +25,6 @@ from tests.harness import (
 )
 
 MODEL = TinyEmbedder.fingerprint
-_WAITS = """
-select count(*) from pg_stat_activity
-where datname = current_database() and wait_event_type = 'Lock'
-"""
 
 
 @pytest.fixture
@@ -625,11 +621,15 @@ def test_the_embedding_of_an_event_that_comes_back_meanwhile_is_no_orphan(
     # Nothing cascades.
     database.rows("set session_replication_role = replica")
     database.rows("delete from public.iot_events")
-    with database.session() as writer, database.session() as conn, ThreadPoolExecutor(1) as thread:
+    with (
+        database.session() as writer,
+        database.session("orphans") as conn,
+        ThreadPoolExecutor(1) as thread,
+    ):
         with writer.transaction():
             writer.execute("select from public.event_embeddings for update")
             deleted = thread.submit(delete_orphans, conn)
-            wait_until(lambda: database.value(_WAITS))
+            wait_until(lambda: database.waits("orphans"))
             writer.execute(
                 "insert into public.iot_events (id, device_id, event_type, severity, message) "
                 "overriding system value values (%s, 'd', 't', 's', 'second')",
