@@ -607,7 +607,7 @@ THROUGHPUT = """
 select
   extract(epoch from date_trunc('second', m.embedded_at))::bigint as second,
   count(*) as events
-from listener.page(null, %(last)s, null) p
+from listener.page(null, null, %(last)s, null) p
 join listener.embedding m on m.event_id = p.event_id
 group by 1
 order by 1

@@ -260,9 +260,9 @@ class Queue:
         self._execute(queries.EXTEND, event_ids=ids, lease=lease, lease_seconds=seconds)
 
     def sweep(
-        self, model: str, start: str | None, events: int, since: datetime | None = None
+        self, model: str | None, start: str | None, events: int, since: datetime | None = None
     ) -> SweepPage:
-        """Queue what lacks a current embedding among one page of events, newest first."""
+        """Queue what lacks a current embedding in a page of events; with `model` None, all."""
         rows = self._execute(queries.SWEEP, model=model, start=start, events=events, since=since)
         return SweepPage(*rows[0])
 

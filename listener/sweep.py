@@ -22,6 +22,7 @@ class Sweep:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._page_events = _PAGE
+        self._is_blind = False
         self._from: str | None = None
         self._left = settings.backfill_last_n
         self._next = time.monotonic() if settings.backfill_last_n else float("inf")
@@ -34,19 +35,21 @@ class Sweep:
         """Queue one page of the last N, if it is time to. Returns whether there is more to do.
 
         A page at a time, so that live events never wait behind a long sweep and the queue stays
-        short. One that takes too long or that the connection is lost over is tried again by halves.
+        short. One that takes too long or that the connection is lost over is tried again by halves,
+        until one event alone is queued blindly: the worker finds out what it has to do with it.
         """
         if self._left <= 0 or self.seconds_left() > 0:
             return False
-        events, queued = min(self._page_events, self._left), 0
+        queued, events = 0, min(self._page_events, self._left)
         try:
             queued = self._queue_page(queue, model, events)
         except ConnectionLost as error:
             self._page_events = max(events // 2, 1)
-            if events == 1:
-                # To begin anew at once would meet the same event again.
+            if self._is_blind:
+                # It is no text that takes so long. To begin anew at once would take as long again.
                 log(logging.WARNING, "sweep_given_up", left=self._left, cause=error)
                 self._schedule()
+            self._is_blind = events == 1 and not self._is_blind
             if not isinstance(error, StatementTimeout):
                 raise
         if self.seconds_left() > 0:
@@ -55,7 +58,8 @@ class Sweep:
 
     def _queue_page(self, queue: Queue, model: str, events: int) -> int:
         began = time.monotonic()
-        page = queue.sweep(model, self._from, events)
+        page = queue.sweep(None if self._is_blind else model, self._from, events)
+        self._is_blind = False
         fitting = int(events * _PAGE_SECONDS / max(time.monotonic() - began, 1e-3))
         # By doubling, or an event that was just found to be too much would be met in a full page.
         self._page_events = min(max(fitting, 1), 2 * events, _PAGE)

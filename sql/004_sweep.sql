@@ -66,16 +66,18 @@ create or replace view listener.embedding as
 select m.event_id, m.embedding, m.model, m.content_hash, m.embedded_at
 from public.event_embeddings m;
 
--- One page of events, newest first, from a position (null: the newest) on. The row after the page
--- gives the position of the next one. By anti-join on pages, never by "id > watermark": ids
--- commit out of order. Security definer, because the order is that of columns which listener.event
--- doesn't show.
+-- One page of events, newest first, from a position (null: the newest) on, and whether each has an
+-- embedding of its current text by p_model. Only for that a text is asked for, which may take long or
+-- fail: not for a queued event, nor where p_model is null. The row after the page gives the position
+-- of the next one. By anti-join on pages, never by "id > watermark": ids commit out of order.
+-- Security definer, because the order is that of columns which listener.event doesn't show.
 create or replace function listener.page(
+  p_model  text,
   p_from   text,
   p_limit  integer,
   p_since  timestamptz
 )
-returns table (event_id @key_type@, content_hash bytea, place integer, next_from text)
+returns table (event_id @key_type@, is_current boolean, place integer, next_from text)
 language plpgsql
 stable
 security definer
@@ -95,10 +97,15 @@ begin
   with page as materialized (
     select
       e.id as event_id,
-      -- Not of the row after the page, on which embedding_input may take too long.
       case
-        when row_number() over newest_first <= p_limit then listener.content_hash(e.*)
-      end as content_hash,
+        when row_number() over newest_first <= p_limit then (
+          select m.content_hash = listener.content_hash(e.*)
+          from public.event_embeddings m
+          where m.event_id = e.id
+            and m.model = p_model
+            and not exists (select from listener.queue q where q.event_id = e.id)
+        )
+      end as is_current,
       @position@ as position,
       (row_number() over newest_first)::integer as place
     from public.iot_events e
@@ -110,7 +117,7 @@ begin
   )
   select
     p.event_id,
-    p.content_hash,
+    coalesce(p.is_current, false),
     p.place,
     (select beyond.position::pg_catalog.text from page beyond where beyond.place = p_limit + 1)
   from page p
@@ -118,9 +125,12 @@ begin
 end
 $$;
 
--- Queue the events of one page whose embedding is missing, of another text or of another model.
--- Returns how many it looked at, how many it queued, and where the next page begins (null: the
--- end). Run again with nothing changed, it writes nothing.
+-- That of an earlier version.
+drop function if exists listener.page(text, integer, timestamptz);
+
+-- Queue the events of one page whose embedding is missing, of another text or of another model; where
+-- p_model is null, all of them. Returns how many it looked at, how many it queued, and where the next
+-- page begins (null: the end). Run again with nothing changed, it writes nothing.
 --
 -- It takes its lock on iot_events first, as a truncate cascade of a writer does; in another order the
 -- two could end in a deadlock.
@@ -139,21 +149,16 @@ begin
   perform from listener.event where false;
   return query
   with page as materialized (
-    select * from listener.page(p_from, p_limit, p_since)
+    select * from listener.page(p_model, p_from, p_limit, p_since)
   ), lacking as materialized (
     select p.event_id, p.place
     from page p
-    left join listener.embedding m on m.event_id = p.event_id
     left join listener.queue q on q.event_id = p.event_id
     -- Looked up in the same snapshot: on conflict alone would queue an event again whose row
     -- a worker acknowledged in the meantime.
-    where q.event_id is null
+    where not p.is_current
+      and q.event_id is null
       and not exists (select from listener.change c where c.event_id = p.event_id)
-      and (
-        m.event_id is null
-        or m.model <> p_model
-        or m.content_hash is distinct from p.content_hash
-      )
   ), added as (
     insert into listener.queue (event_id, lane, due_at)
     -- Due in the past and in the order of the page, so that the newest is claimed first. In the
@@ -171,7 +176,8 @@ begin
 end
 $$;
 
--- Of the newest p_last events: how many there are and how many have a current embedding. Its locks are
+-- Of the newest p_last events: how many there are and how many have a current embedding; one that is
+-- queued does not count as such. Its locks are
 -- in the same order.
 create or replace function listener.coverage(p_model text, p_last integer)
 returns table (events bigint, current bigint)
@@ -182,12 +188,8 @@ as $$
 begin
   perform from listener.event where false;
   return query
-  select count(*), count(m.event_id)
-  from listener.page(null, p_last, null) p
-  left join listener.embedding m
-    on m.event_id = p.event_id
-    and m.model = p_model
-    and m.content_hash = p.content_hash;
+  select count(*), count(*) filter (where p.is_current)
+  from listener.page(p_model, null, p_last, null) p;
 end
 $$;
 
@@ -277,7 +279,7 @@ as $$
 begin
   return query
   select extract(epoch from m.embedded_at - e.created_at)::double precision
-  from listener.page(null, p_last, null) p
+  from listener.page(null, null, p_last, null) p
   join public.iot_events e on e.id = p.event_id
   join public.event_embeddings m on m.event_id = e.id
   where pg_catalog.isfinite(e.created_at);
@@ -288,7 +290,7 @@ revoke all on function listener.embedding_input(public.iot_events) from public;
 revoke all on function listener.input_of(public.iot_events) from public;
 revoke all on function listener.latency(integer) from public;
 revoke all on function listener.content_hash(public.iot_events) from public;
-revoke all on function listener.page(text, integer, timestamptz) from public;
+revoke all on function listener.page(text, text, integer, timestamptz) from public;
 revoke all on function listener.sweep(text, text, integer, timestamptz) from public;
 revoke all on function listener.coverage(text, integer) from public;
 revoke all on function listener.describe(text) from public;

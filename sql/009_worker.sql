@@ -30,7 +30,7 @@ grant select, insert, update, delete on listener.embedding to listener_worker;
 grant execute on function listener.embedding_input(public.iot_events) to listener_worker;
 grant execute on function listener.input_of(public.iot_events) to listener_worker;
 grant execute on function listener.content_hash(public.iot_events) to listener_worker;
-grant execute on function listener.page(text, integer, timestamptz) to listener_worker;
+grant execute on function listener.page(text, text, integer, timestamptz) to listener_worker;
 grant execute on function listener.sweep(text, text, integer, timestamptz) to listener_worker;
 grant execute on function listener.coverage(text, integer) to listener_worker;
 grant execute on function listener.describe(text) to listener_worker;

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from listener import queries
+from listener.claim import Event
 from listener.counters import counters
 from listener.database import Connection
 from listener.errors import ConnectionLost, SchemaError, StatementTimeout
@@ -15,8 +16,8 @@ from tests.harness import (
     Database,
     TinyEmbedder,
     claimed,
-    is_asleep,
     listener,
+    serve_once,
     serving,
     store,
     wait_until,
@@ -287,19 +288,45 @@ def test_an_event_over_which_the_connection_is_lost_is_parked_and_its_mates_are_
         wait_until(lambda: database.embedded().keys() == set(mates))
 
 
-def test_a_sweep_gets_on_where_the_connection_is_lost_over_an_event(
-    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("on_bad", [_KILLS, "perform pg_catalog.pg_sleep(9)"])
+def test_a_sweep_gets_past_an_event_that_loses_the_connection_or_takes_too_long(
+    database: Database, monkeypatch: pytest.MonkeyPatch, on_bad: str
 ) -> None:
-    """Up to that event; then it is given up until the next."""
+    """It is queued without a look at its text, and parked; what is older is swept, too."""
     monkeypatch.setattr("listener.service._BRIEF_SECONDS", 0.0)
+    limit_statements(monkeypatch, "0.5s")
+    older, bad, _ = database.insert("older", "bad", "newer")
+    serve_once(database)
+    replace_input(database, on_bad)
+
+    with serving(database.with_settings(max_attempts=3)):
+        wait_until(lambda: [row[0] for row in database.queue() if row[5]] == [bad])
+        wait_until(lambda: content_hash(database, older) == Event(older, 1, "older").content_hash)
+
+
+def content_hash(database: Database, event_id: int) -> bytes:
+    """Of the text that its embedding is of."""
+    found = database.value(
+        "select content_hash from public.event_embeddings where event_id = %s", event_id
+    )
+    assert isinstance(found, bytes)
+    return found
+
+
+def test_a_sweep_asks_for_no_text_of_an_event_that_waits_or_has_no_embedding(
+    database: Database, queue: Queue
+) -> None:
+    """A first backfill is done without, and one that was parked is left alone."""
     replace_input(database, _KILLS)
-    database.park(*database.insert("bad"))
-    newer = database.insert("a", "b", "c")
+    parked, new = database.insert("bad", "bad")
+    database.park(parked)
     database.rows("delete from listener.change")
 
-    with serving(database):
-        wait_until(lambda: database.embedded().keys() == set(newer))
-        wait_until(lambda: "sweep_given_up" in caplog.messages and is_asleep(database))
+    page = queue.sweep(MODEL, None, 10)
+
+    assert (page.scanned, page.queued) == (2, 1)
+    assert [row[0] for row in database.queue() if not row[5]] == [new]
+    assert database.rows("select * from listener.coverage(%s, 10)", MODEL) == [(2, 0)]
 
 
 def test_a_sweep_of_slow_events_takes_smaller_pages(
@@ -307,14 +334,16 @@ def test_a_sweep_of_slow_events_takes_smaller_pages(
 ) -> None:
     """One that takes too long would be begun again for ever; and new events wait for it."""
     caplog.set_level("INFO", "listener")
+    ids = database.insert(*map(str, range(60)))
+    serve_once(database)
     limit_statements(monkeypatch, "1s")
     replace_input(database, "null; end if; if pg_catalog.pg_sleep(0.02) is null then null")
-    ids = database.insert(*map(str, range(60)))
-    database.forget_queue()
+    caplog.clear()
 
     with serving(database.with_settings(backfill_last_n=100)):
-        wait_until(lambda: len(database.embedded()) == len(ids))
-        assert database.value("select last_value from listener.worker_token") == 1
+        last = Event(ids[0], 1, "0").content_hash
+        wait_until(lambda: content_hash(database, ids[0]) == last)
+        assert database.value("select last_value from listener.worker_token") == 2
 
     pages = [r.__dict__["fields"]["scanned"] for r in caplog.records if r.msg == "backfill_queued"]
     assert sum(pages) == len(ids)
@@ -322,13 +351,33 @@ def test_a_sweep_of_slow_events_takes_smaller_pages(
     assert max(pages[1:]) <= 13
 
 
-def test_a_sweep_that_can_not_get_past_an_event_is_given_up_until_the_next(
+_SLOW_SWEEP = """
+alter function listener.sweep(text, text, integer, timestamptz) rename to quick_sweep;
+create function listener.sweep(p_model text, p_from text, p_limit integer, p_since timestamptz)
+returns table (scanned bigint, queued bigint, next_from text)
+language plpgsql
+as $$
+begin
+  if @condition@ then
+    perform pg_sleep(9);
+  end if;
+  return query select * from listener.quick_sweep(p_model, p_from, p_limit, p_since);
+end
+$$
+"""
+
+
+def slow_down_sweep(database: Database, condition: str) -> None:
+    """As where each page sorts the whole table: where the condition holds it takes too long."""
+    database.rows(_SLOW_SWEEP.replace("@condition@", condition))
+
+
+def test_a_sweep_that_takes_too_long_whatever_it_reads_is_given_up_until_the_next(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Begun again at once it would meet it again, for ever; the connection is as good as before."""
-    limit_statements(monkeypatch, "1s")
-    replace_input(database, "perform pg_catalog.pg_sleep(9)")
-    database.park(*database.insert("bad"))
+    """Begun again at once it would take as long, for ever; the connection is as good as before."""
+    limit_statements(monkeypatch, "0.5s")
+    slow_down_sweep(database, "true")
 
     with serving(database.with_settings(backfill_last_n=4)):
         wait_until(lambda: any(r.msg == "sweep_given_up" for r in caplog.records))
@@ -341,27 +390,26 @@ def test_a_sweep_that_can_not_get_past_an_event_is_given_up_until_the_next(
 def test_a_sweep_that_is_given_up_drops_parked_events_that_were_deleted_all_the_same(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One event that takes too long would keep them in sight for ever."""
-    limit_statements(monkeypatch, "0.5s")
-    monkeypatch.setattr("listener.sweep._PAGE", 1)
-    replace_input(database, "perform pg_catalog.pg_sleep(9)")
-    bad, deleted = database.insert("bad", "deleted")
-    database.park(bad, deleted)
+    """Else they would be in sight for ever."""
+    limit_statements(monkeypatch, "0.2s")
+    slow_down_sweep(database, "true")
+    kept, deleted = database.insert("kept", "deleted")
+    database.park(kept, deleted)
 
-    with serving(database.with_settings(backfill_last_n=4, sweep_seconds=0.1)):
+    with serving(database.with_settings(backfill_last_n=1, sweep_seconds=0.1)):
         wait_until(lambda: any(r.msg == "sweep_given_up" for r in caplog.records))
         database.rows("delete from public.iot_events where id = %s", deleted)
 
-        wait_until(lambda: [row[0] for row in database.queue()] == [bad])
+        wait_until(lambda: [row[0] for row in database.queue()] == [kept])
 
 
 def test_a_page_of_a_sweep_asks_for_no_text_beyond_its_end(
     database: Database, service_session: Connection
 ) -> None:
     """Or the event next to one that takes too long could not be swept."""
-    replace_input(database, "perform pg_catalog.pg_sleep(9)")
     _, newer = database.insert("bad", "newer")
-    database.forget_queue()
+    serve_once(database)
+    replace_input(database, "perform pg_catalog.pg_sleep(9)")
 
     Queue(service_session, database.settings, None).sweep(MODEL, None, 1)
 
@@ -371,12 +419,11 @@ def test_a_page_of_a_sweep_asks_for_no_text_beyond_its_end(
 def test_the_sweep_after_one_that_was_given_up_begins_with_the_newest(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Or nothing newer than the event that it can't get past would ever be swept again."""
-    limit_statements(monkeypatch, "0.5s")
+    """Or nothing newer than where it was given up would ever be swept again."""
+    limit_statements(monkeypatch, "0.2s")
     monkeypatch.setattr("listener.sweep._PAGE", 1)
-    replace_input(database, "perform pg_catalog.pg_sleep(9)")
-    database.park(*database.insert("bad"))
-    database.insert("newer")
+    slow_down_sweep(database, "p_from is not null")
+    database.insert("older", "newer")
 
     with serving(database.with_settings(backfill_last_n=2, sweep_seconds=0.1)):
         wait_until(lambda: any(r.msg == "sweep_given_up" for r in caplog.records))
@@ -390,9 +437,9 @@ def test_the_sweep_after_one_that_was_given_up_begins_with_the_newest(
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_sweep_passes_by_what_it_fails_on(database: Database, queue: Queue, name: str) -> None:
     """It is queued, and parked by the worker with the reason."""
-    replace_input(database, FAILURES[name])
     ids = database.insert("first", "bad", "second")
-    database.forget_queue()
+    serve_once(database)
+    replace_input(database, FAILURES[name])
 
     page = queue.sweep(MODEL, None, 10)
 

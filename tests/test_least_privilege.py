@@ -290,9 +290,9 @@ def test_a_callers_types_do_not_get_into_what_runs_with_the_owners_rights(
                 caller.rows(f"create domain pg_temp.{name} as pg_catalog.{name} check (false)")
             caller.rows("insert into public.iot_events values (%s, 1)", event_id)
             caller.rows("update public.iot_events set n = 2")
-            pages = caller.rows("select * from listener.page(null, 1, null)")
+            pages = caller.rows("select * from listener.page(null, null, 1, null)")
             start = f'["infinity", "{event_id}"]'
-            assert caller.rows("select * from listener.page(%s, 1, null)", start) == pages
+            assert caller.rows("select * from listener.page(null, %s, 1, null)", start) == pages
             assert [(page[0], page[1] is None) for page in pages] == [(event_id, False)]
             caller.rows("select listener.nearest(null, null, 1)")
             caller.rows("select listener.latency(1)")

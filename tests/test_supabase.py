@@ -418,7 +418,7 @@ LINTS = {
     ),
     "security_definer_function_executable": (
         "select proname from functions where prosecdef and is_called_by_api",
-        "grant execute on function listener.page(text, integer, timestamptz) to anon",
+        "grant execute on function listener.page(text, text, integer, timestamptz) to anon",
     ),
     "pg_graphql_table_exposed": (
         "select relname from ours where is_read_by_api",
