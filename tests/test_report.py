@@ -152,7 +152,7 @@ def test_without_created_at_the_report_says_so(static: Database) -> None:
 
 def test_a_long_report_ends_with_ctrl_c(static: Database, spawn: Callable[..., Command]) -> None:
     """Its statement, too."""
-    static.insert("a")
+    embed(static, "a")
     static.rows(
         "create or replace function listener.embedding_input(event public.iot_events) "
         "returns text language plpgsql stable set search_path = '' as "

@@ -55,6 +55,9 @@ def an_event_is_stored_while_it_is_swept(database: Database) -> None:
     with database.service_session() as conn, database.service_session("sweeper") as sweeper:
         queue = Queue(conn, database.settings, None)
         hold_sweepers(database)
+        # Of one that has an embedding and does not wait a sweep asks the text.
+        database.insert("embedded")
+        store(queue, *take(queue))
         database.insert("a")
         claim, events = take(queue)
         pages: list[SweepPage] = []
