@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from listener.claim import Vector
 from listener.config import DIMENSION
 from listener.errors import EmbeddingError, EncoderLost, ModelFault
 from listener.passes import plan_passes
 
 if TYPE_CHECKING:
     from listener.embedder import Embedder
-
-Vector = NDArray[np.float32]
 
 _KNOWN_TEXT = "pump 7 reports a temperature of 71 degrees"
 _UNIT_TOLERANCE = 1e-3

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
+import psycopg
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -26,7 +27,7 @@ from psycopg.rows import dict_row
 from listener import queries
 from listener.config import Settings
 from listener.counters import Histogram, counters
-from listener.database import connect, translated
+from listener.database import connect, describe, translated
 from listener.errors import ListenerError
 from listener.health import health
 from listener.logs import log
@@ -183,9 +184,10 @@ class _Reading:
     def _refresh(self) -> None:
         try:
             self._row = self._read()
-        except ListenerError as error:
+        except (ListenerError, psycopg.Error) as error:
             self._row = None
-            log(logging.WARNING, "metrics_incomplete", cause=error)
+            cause = describe(error) if isinstance(error, psycopg.Error) else error
+            log(logging.WARNING, "metrics_incomplete", cause=cause)
         self._next = time.monotonic() + self._seconds
 
 

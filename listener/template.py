@@ -59,18 +59,20 @@ class Step:
 
 
 def sql_text(file: str) -> str:
-    """A file of `sql/`: inside an installed package, else beside it in a clone."""
-    package = Path(__file__).parent
-    inside = package / "sql" / file
-    return (inside if inside.exists() else package.parent / "sql" / file).read_text("utf-8")
+    """A file of `sql/`."""
+    return (_folder() / file).read_text("utf-8")
 
 
 def sql_files() -> list[str]:
     """The numbered files of an install, in order."""
+    return sorted(path.name for path in _folder().glob("0*.sql"))
+
+
+def _folder() -> Path:
+    """Inside an installed package, else beside it in a clone."""
     package = Path(__file__).parent
     inside = package / "sql"
-    folder = inside if inside.is_dir() else package.parent / "sql"
-    return sorted(path.name for path in folder.glob("0*.sql"))
+    return inside if inside.is_dir() else package.parent / "sql"
 
 
 def placeholders(facts: Facts, columns: Sequence[str]) -> dict[str, str]:

@@ -153,4 +153,4 @@ class Wakeup:
         return row is not None and bool(row[0])
 
     def _poll(self) -> float:
-        return random.uniform(0.8, 1.2) * self._poll_seconds  # noqa: S311  jitter
+        return random.uniform(0.8, 1.0) * self._poll_seconds  # noqa: S311  jitter

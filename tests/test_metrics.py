@@ -20,6 +20,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from listener import queries
 from listener.config import Settings
 from listener.embedded import Server
 from listener.endpoint import _Handler, _listen, start_endpoint
@@ -244,6 +245,19 @@ def test_a_database_that_has_gone_is_not_up(
     proxy.reset()
 
     wait_until(lambda: endpoint.value("listener_database_up") == 0)
+
+
+def test_a_scrape_that_the_database_fails_shows_no_old_number(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its error is."""
+    monkeypatch.setattr("listener.metrics._GAUGES_SECONDS", 0.0)
+    registry = make_registry(database.settings)
+    assert registry.get_sample_value("listener_database_up") == 1
+
+    monkeypatch.setattr(queries, "GAUGES", "select 1 / 0")
+
+    wait_until(lambda: registry.get_sample_value("listener_database_up") == 0)
 
 
 def test_a_scrape_that_is_never_answered_is_given_up(
