@@ -26,16 +26,19 @@ def in_parts(
     fail: Callable[[T, str], None],
     has_session: bool,
     works_without: Callable[[], bool] | None,
+    before_each: Callable[[], None],
 ) -> list[Any]:
     """What `run` gives for all, or for halves of what is refused or takes too long.
 
     An item that is so by itself is failed with the reason. Where the server is slow with all it
     does, that takes too long as well, and raises. Without a session of the service's own, what took
     too long may just have waited for a lock; then it raises at once. What may lie in the schema
-    raises, too, unless `works_without` any item; None: that has been seen.
+    raises, too, unless `works_without` any item; None: that has been seen. `before_each` is
+    called before each part is tried.
     """
     if not items:
         return []
+    before_each()
     try:
         return run(items)
     except StatementTimeout as error:
@@ -51,15 +54,15 @@ def in_parts(
             if works_without is not None:
                 if not works_without():
                     raise
-                return in_parts(items, run, fail, has_session, None)
+                return in_parts(items, run, fail, has_session, None, before_each)
         reason = describe(cause)
     if len(items) == 1:
         fail(items[0], reason)
         return []
     half = len(items) // 2
     return [
-        *in_parts(items[:half], run, fail, has_session, works_without),
-        *in_parts(items[half:], run, fail, has_session, works_without),
+        *in_parts(items[:half], run, fail, has_session, works_without, before_each),
+        *in_parts(items[half:], run, fail, has_session, works_without, before_each),
     ]
 
 

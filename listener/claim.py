@@ -1,4 +1,4 @@
-"""What a worker has in hand: the events leased together, and the texts of those that are read."""
+"""What a worker gets of the queue: claims, the texts of their events, and pages of a sweep."""
 
 from __future__ import annotations
 
@@ -42,3 +42,12 @@ class Claim:
     retried: bool = False
     is_full: bool = False
     is_new: bool = False
+
+
+@dataclass(frozen=True)
+class SweepPage:
+    """What one page of a sweep found; `next_from` None is the end."""
+
+    scanned: int
+    queued: int
+    next_from: str | None

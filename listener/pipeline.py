@@ -79,6 +79,7 @@ class Pipeline:
         self._running: deque[Batch] = deque()
         self._more = True
         self._extended = time.monotonic()
+        queue.extend_leases = self._extend_leases
         # Events, tokens and seconds of each batch since the last claim ended.
         self._done: list[tuple[int, int, float]] = []
         self._finished = 0.0
@@ -188,8 +189,8 @@ class Pipeline:
         if time.monotonic() - self._extended < self._settings.lease_seconds / 3:
             return
         self._extended = time.monotonic()
-        for batch in (*self._running, *self._waiting):
-            self._queue.extend(batch.claim.lease, batch.event_ids)
+        for lease, event_ids in self._in_hand.items():
+            self._queue.extend(lease, event_ids)
 
     def _finish(self, batch: Batch) -> None:
         """Store and acknowledge what the model gave; fail what it refused."""
@@ -256,6 +257,9 @@ class Pipeline:
         """Size the next claim, and a pass of it, by how long they will take."""
         events, tokens, seconds = (sum(one) for one in zip(*self._done, strict=True))
         self._done.clear()
+        if not events:
+            # All were deleted, which tells nothing of the model.
+            return
         per_second = 1 / max(seconds, 1e-3)
         wanted = min(int(events * per_second * _CLAIM_SECONDS), self._claim_events * 2)
         self._claim_events = min(max(wanted, _SMALLEST_CLAIM), self._settings.batch_events)

@@ -134,8 +134,10 @@ COMPACT = "select listener.compact()"
 
 # Take up to `events` changes into the queue, leased at once. From `position` on, because what was
 # deleted before it and is not vacuumed yet would be read again by every claim. A row that the queue
-# has already starts anew; whoever held it is fenced out by the new lease and version. In the order
-# of the key, so that two workers that take changes of the same events can't deadlock.
+# has already starts anew; whoever held it is fenced out by the new lease and version. But one that
+# was claimed and never answered is left to CLAIM: a text that kills, and changes before the next
+# worker is there, would else never be found. In the order of the key, so that two workers that take
+# changes of the same events can't deadlock.
 TAKE = """
 with taken as (
   delete from listener.change c
@@ -170,14 +172,17 @@ on conflict (event_id) do update set
     when q.lane = 0 and q.due_at < 'infinity' then q.queued_at
     else excluded.queued_at
   end,
-  due_at = excluded.due_at,
-  lease = excluded.lease,
-  worker = excluded.worker,
-  attempts = 1,
-  error = null
+  (due_at, lease, worker, attempts, error) = (
+    select q.due_at, q.lease, q.worker, q.attempts, q.error
+    where q.lease is not null and q.due_at <= now()
+    union all
+    select excluded.due_at, excluded.lease, excluded.worker, excluded.attempts, null
+    limit 1
+  )
 returning
   q.event_id,
-  q.lease,
+  (select k.lease from token k) as lease,
+  q.lease = (select k.lease from token k) as is_claimed,
   (select max(t.place)::text from taken t) as position,
   (select count(*) from taken) as changes
 """
@@ -380,8 +385,8 @@ returning
   extract(epoch from nullif(q.due_at, 'infinity') - now())::float8 as retry_in_seconds
 """
 
-# Give a claim back as if it had not been made; due at its old place in line, which is in the future
-# where the clock was set back, or a while from now.
+# Give a claim back as if it had not been made; due a while from now, or at its old place in line;
+# at once where a clock that was set back has put that place into the future.
 RELEASE = """
 with held as materialized (
   select q.event_id
@@ -527,7 +532,10 @@ COVERAGE = "select c.events, c.current from listener.coverage(%(model)s, %(last)
 PARKED = """
 select q.event_id, q.attempts, q.error
 from listener.queue q
-where q.lane in (0, 1) and q.due_at = 'infinity'
+where q.lane in (0, 1)
+  and q.due_at = 'infinity'
+  -- One that has changed since is pending.
+  and not exists (select from listener.change c where c.event_id = q.event_id)
 order by q.queued_at
 limit %(limit)s
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -15,7 +14,7 @@ from psycopg.pq import TransactionStatus
 
 from listener import queries
 from listener.blame import in_parts, require_input, works_without_events
-from listener.claim import Claim, Event, EventId, Vector
+from listener.claim import Claim, Event, EventId, SweepPage, Vector
 from listener.config import Settings
 from listener.counters import counters
 from listener.database import Connection, Vectors, translated
@@ -38,15 +37,6 @@ _FIRST_ALONE = 3
 _NOBODYS_LEASE = 0
 
 
-@dataclass(frozen=True)
-class SweepPage:
-    """What one page of a sweep found; `next_from` None is the end."""
-
-    scanned: int
-    queued: int
-    next_from: str | None
-
-
 class Queue:
     """One worker's hold on the queue. Raises ConnectionLost and SchemaError throughout."""
 
@@ -61,9 +51,12 @@ class Queue:
         self._reads_apart = reads_apart
         self._settings = settings
         self._worker = worker
+        self.has_session = worker is not None
         self._position = _FIRST_PLACE
         self._next_look_back = time.monotonic() + _LOOK_BACK_SECONDS
         self._has_retries, self._retries_are_next = True, False
+        # Called while it is found out which event takes too long: that can outlast a lease.
+        self.extend_leases: Callable[[], None] = lambda: None
 
     def claim(self, events: int) -> Claim | None:
         """Lease at most this many due events, or None: new changes, retries, backfill."""
@@ -79,7 +72,7 @@ class Queue:
         return claim
 
     def claim_changes(self, events: int) -> Claim | None:
-        """Changes since the last time, from where that ended; None if there are none at all."""
+        """Changes since the last time, from where that ended; None if there is none to claim."""
         began = time.monotonic()
         if looks_back := began >= self._next_look_back:
             self._position = _FIRST_PLACE
@@ -93,13 +86,16 @@ class Queue:
         if not rows:
             self._position, self._retries_are_next = _FIRST_PLACE, False
             return None
-        _, lease, self._position, changes, _ = rows[0]
+        _, lease, _, self._position, changes, _ = rows[0]
         self._retries_are_next = looks_back or (self._has_retries and changes >= events)
+        claimed = [(event_id, text) for event_id, _, is_claimed, *_, text in rows if is_claimed]
+        if not claimed:
+            return None
         return Claim(
             lease,
-            event_ids=[event_id for event_id, *_ in rows],
+            event_ids=[event_id for event_id, _ in claimed],
             # Whoever is new in the queue is at its first version.
-            already_read=tuple(Event(row[0], 1, row[4]) for row in rows if row[4] is not None),
+            already_read=tuple(Event(one, 1, text) for one, text in claimed if text is not None),
             is_full=changes >= events,
             is_new=True,
         )
@@ -281,8 +277,9 @@ class Queue:
             items,
             lambda some: run(some, lease),
             fail,
-            self._worker is not None,
+            self.has_session,
             lambda: works_without_events(self._conn, lambda: run(items, _NOBODYS_LEASE)),
+            self.extend_leases,
         )
 
     def _execute_on_events(self, statement: str, **parameters: Any) -> list[Any]:

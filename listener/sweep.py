@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import time
 
+import psycopg
+from psycopg.errors import LockNotAvailable
+
 from listener.config import Settings
-from listener.database import Connection
+from listener.database import Connection, describe
 from listener.errors import ConnectionLost, StatementTimeout
 from listener.logs import log
 from listener.queue import Queue
@@ -35,26 +38,33 @@ class Sweep:
         """Queue one page of the last N, if it is time to. Returns whether there is more to do.
 
         A page at a time, so that live events never wait behind a long sweep and the queue stays
-        short. One that takes too long or that the connection is lost over is tried again by halves,
-        until one event alone is queued blindly: the worker finds out what it has to do with it.
+        short. One that fails, takes too long or loses the connection is tried again by halves, and
+        one event alone is queued blindly: the worker finds out what it has to do with it.
         """
         if self._left <= 0 or self.seconds_left() > 0:
             return False
         queued, events = 0, min(self._page_events, self._left)
         try:
             queued = self._queue_page(queue, model, events)
-        except ConnectionLost as error:
-            self._page_events = max(events // 2, 1)
-            if self._is_blind:
-                # It is no text that takes so long. To begin anew at once would take as long again.
-                log(logging.WARNING, "sweep_given_up", left=self._left, cause=error)
-                self._schedule()
-            self._is_blind = events == 1 and not self._is_blind
-            if not isinstance(error, StatementTimeout):
+        except (ConnectionLost, psycopg.Error) as error:
+            if isinstance(error.__cause__, LockNotAvailable):
+                raise
+            self._make_smaller(events, queue.has_session, error)
+            if isinstance(error, ConnectionLost) and not isinstance(error, StatementTimeout):
                 raise
         if self.seconds_left() > 0:
             discard_parked(conn)
         return queued > 0 or self.seconds_left() <= 0
+
+    def _make_smaller(self, events: int, may_be_blind: bool, error: Exception) -> None:
+        self._page_events = max(events // 2, 1)
+        is_last = events == 1 and (self._is_blind or not may_be_blind)
+        if is_last:
+            # To begin anew at once would fail again.
+            cause = describe(error) if isinstance(error, psycopg.Error) else error
+            log(logging.WARNING, "sweep_given_up", left=self._left, cause=cause)
+            self._schedule()
+        self._is_blind = events == 1 and not is_last
 
     def _queue_page(self, queue: Queue, model: str, events: int) -> int:
         began = time.monotonic()

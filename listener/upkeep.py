@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from listener import queries
 from listener.claim import EventId
 from listener.database import Connection, translated
+from listener.errors import StatementTimeout
+from listener.logs import log
 
 
 def discard_parked(conn: Connection) -> None:
-    """Drop parked events that no longer exist."""
-    with translated():
-        conn.execute(queries.DISCARD_PARKED)
+    """Drop parked events that no longer exist, unless there are too many to look at."""
+    try:
+        with translated():
+            conn.execute(queries.DISCARD_PARKED)
+    except StatementTimeout as error:
+        log(logging.WARNING, "parked_events_not_looked_at", cause=error)
 
 
 def delete_orphans(conn: Connection) -> int:

@@ -67,9 +67,10 @@ select m.event_id, m.embedding, m.model, m.content_hash, m.embedded_at
 from public.event_embeddings m;
 
 -- One page of events, newest first, from a position (null: the newest) on, and whether each has an
--- embedding of its current text by p_model. Only for that a text is asked for, which may take long or
--- fail: not for a queued event, nor where p_model is null. The row after the page gives the position
--- of the next one. By anti-join on pages, never by "id > watermark": ids commit out of order.
+-- embedding of its current text by p_model. Only where that can be, its columns are read and its text
+-- is asked for, which may take long or fail: not of a queued event, nor where p_model is null. The row
+-- after the page gives the position of the next one. By anti-join on pages, never by "id > watermark":
+-- ids commit out of order.
 -- Security definer, because the order is that of columns which listener.event doesn't show.
 create or replace function listener.page(
   p_model  text,
@@ -97,15 +98,6 @@ begin
   with page as materialized (
     select
       e.id as event_id,
-      case
-        when row_number() over newest_first <= p_limit then (
-          select m.content_hash = listener.content_hash(e.*)
-          from public.event_embeddings m
-          where m.event_id = e.id
-            and m.model = p_model
-            and not exists (select from listener.queue q where q.event_id = e.id)
-        )
-      end as is_current,
       @position@ as position,
       (row_number() over newest_first)::integer as place
     from public.iot_events e
@@ -117,7 +109,18 @@ begin
   )
   select
     p.event_id,
-    coalesce(p.is_current, false),
+    coalesce(
+      (
+        select m.content_hash = (
+          select listener.content_hash(e.*) from public.iot_events e where e.id = m.event_id
+        )
+        from public.event_embeddings m
+        where m.event_id = p.event_id
+          and m.model = p_model
+          and not exists (select from listener.queue q where q.event_id = m.event_id)
+      ),
+      false
+    ),
     p.place,
     (select beyond.position::pg_catalog.text from page beyond where beyond.place = p_limit + 1)
   from page p
@@ -125,8 +128,21 @@ begin
 end
 $$;
 
--- That of an earlier version.
-drop function if exists listener.page(text, integer, timestamptz);
+-- Its rights are those of who installed first, not of a superuser who upgrades: it calls functions that
+-- the former may replace.
+do $$
+declare
+  v_owner name := (
+    select pg_catalog.pg_get_userbyid(c.relowner)
+    from pg_catalog.pg_class c
+    where c.oid = 'listener.event'::regclass
+  );
+begin
+  execute pg_catalog.format(
+    'alter function listener.page(text, text, integer, timestamptz) owner to %I', v_owner
+  );
+end
+$$;
 
 -- Queue the events of one page whose embedding is missing, of another text or of another model; where
 -- p_model is null, all of them. Returns how many it looked at, how many it queued, and where the next
@@ -176,9 +192,8 @@ begin
 end
 $$;
 
--- Of the newest p_last events: how many there are and how many have a current embedding; one that is
--- queued does not count as such. Its locks are
--- in the same order.
+-- Of the newest p_last events: how many there are, and how many have a current embedding; one that is
+-- queued does not count as such. Locks iot_events first, as listener.sweep does and for its reason.
 create or replace function listener.coverage(p_model text, p_last integer)
 returns table (events bigint, current bigint)
 language plpgsql

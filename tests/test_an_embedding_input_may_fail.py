@@ -12,6 +12,7 @@ from listener.counters import counters
 from listener.database import Connection
 from listener.errors import ConnectionLost, SchemaError, StatementTimeout
 from listener.queue import Queue
+from listener.sweep import Sweep
 from tests.harness import (
     Database,
     TinyEmbedder,
@@ -351,33 +352,39 @@ def test_a_sweep_of_slow_events_takes_smaller_pages(
     assert max(pages[1:]) <= 13
 
 
-_SLOW_SWEEP = """
-alter function listener.sweep(text, text, integer, timestamptz) rename to quick_sweep;
+_OTHER_SWEEP = """
+alter function listener.sweep(text, text, integer, timestamptz) rename to real_sweep;
 create function listener.sweep(p_model text, p_from text, p_limit integer, p_since timestamptz)
 returns table (scanned bigint, queued bigint, next_from text)
 language plpgsql
 as $$
 begin
   if @condition@ then
-    perform pg_sleep(9);
+    @deed@;
   end if;
-  return query select * from listener.quick_sweep(p_model, p_from, p_limit, p_since);
+  return query select * from listener.real_sweep(p_model, p_from, p_limit, p_since);
 end
 $$
 """
+# As where each page sorts the whole table.
+_SLOW = "perform pg_sleep(9)"
 
 
-def slow_down_sweep(database: Database, condition: str) -> None:
-    """As where each page sorts the whole table: where the condition holds it takes too long."""
-    database.rows(_SLOW_SWEEP.replace("@condition@", condition))
+def change_sweep(database: Database, condition: str, deed: str = _SLOW) -> None:
+    """What a page comes to where the condition holds."""
+    database.rows(_OTHER_SWEEP.replace("@condition@", condition).replace("@deed@", deed))
 
 
-def test_a_sweep_that_takes_too_long_whatever_it_reads_is_given_up_until_the_next(
-    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("deed", [_SLOW, "raise data_corrupted", "raise invalid_datetime_format"])
+def test_a_sweep_that_fails_whatever_it_reads_is_given_up_until_the_next(
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    deed: str,
 ) -> None:
-    """Begun again at once it would take as long, for ever; the connection is as good as before."""
+    """Begun again at once it would fail again, for ever; the connection is as good as before."""
     limit_statements(monkeypatch, "0.5s")
-    slow_down_sweep(database, "true")
+    change_sweep(database, "true", deed)
 
     with serving(database.with_settings(backfill_last_n=4)):
         wait_until(lambda: any(r.msg == "sweep_given_up" for r in caplog.records))
@@ -387,12 +394,71 @@ def test_a_sweep_that_takes_too_long_whatever_it_reads_is_given_up_until_the_nex
         assert database.value("select last_value from listener.worker_token") == 1
 
 
+def test_behind_a_pooler_a_sweep_does_not_queue_what_takes_too_long(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There the claim of it would end the session, again and again."""
+    database.insert("bad")
+    serve_once(database)
+    replace_input(database, "perform pg_catalog.pg_sleep(9)")
+    sweep = Sweep(database.settings)
+    with database.service_session() as conn:
+        conn.execute("set statement_timeout = '100ms'")
+
+        while sweep.page(conn, Queue(conn, database.settings, worker=None), MODEL):
+            pass
+
+    assert caplog.messages == ["sweep_given_up"]
+    assert database.queue() == []
+
+
+def test_a_sweep_waits_for_a_lock_and_blames_no_event(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As for the time of a `vacuum full`; it goes on where it was."""
+    shorter = queries.SERVICE_SESSION.replace("'6s'", "'50ms'")
+    monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
+    monkeypatch.setattr("listener.service._BRIEF_SECONDS", 0.0)
+    monkeypatch.setattr("listener.sweep._PAGE", 1)
+    ids = database.insert("a", "b")
+    database.forget_queue()
+
+    with database.session() as other:
+        other.execute("begin; lock table public.event_embeddings in access exclusive mode")
+        with serving(database):
+            wait_until(lambda: caplog.messages.count("connection_lost") > 3)
+            other.execute("rollback")
+            wait_until(lambda: len(database.embedded()) == len(ids))
+
+    assert "sweep_given_up" not in caplog.messages
+
+
+def test_a_sweep_reads_no_column_of_an_event_without_an_embedding(database: Database) -> None:
+    """Nor of a table with large ones, which might be damaged, more than it needs."""
+    database.rows("alter table public.iot_events add payload text")
+    database.rows("alter table public.iot_events alter payload set storage external")
+    database.rows(
+        "insert into public.iot_events (device_id, event_type, severity, payload) "
+        "select 'd', 't', 's', repeat('x', 100000) from generate_series(1, 3)"
+    )
+    database.forget_queue()
+    with database.service_session() as conn:
+        Queue(conn, database.settings, None).sweep(MODEL, None, 2)
+        conn.execute("select pg_stat_force_next_flush()")
+
+    assert len(database.queue()) == 2
+    assert not database.value(
+        "select sum(s.idx_scan) from pg_stat_all_tables s join pg_class c on c.oid = s.relid "
+        "where c.oid = (select reltoastrelid from pg_class where relname = 'iot_events')"
+    )
+
+
 def test_a_sweep_that_is_given_up_drops_parked_events_that_were_deleted_all_the_same(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Else they would be in sight for ever."""
     limit_statements(monkeypatch, "0.2s")
-    slow_down_sweep(database, "true")
+    change_sweep(database, "true")
     kept, deleted = database.insert("kept", "deleted")
     database.park(kept, deleted)
 
@@ -422,7 +488,7 @@ def test_the_sweep_after_one_that_was_given_up_begins_with_the_newest(
     """Or nothing newer than where it was given up would ever be swept again."""
     limit_statements(monkeypatch, "0.2s")
     monkeypatch.setattr("listener.sweep._PAGE", 1)
-    slow_down_sweep(database, "p_from is not null")
+    change_sweep(database, "p_from is not null")
     database.insert("older", "newer")
 
     with serving(database.with_settings(backfill_last_n=2, sweep_seconds=0.1)):

@@ -11,12 +11,14 @@ import pytest
 from numpy.typing import NDArray
 
 from listener.claim import EventId
+from listener.counters import counters
 from listener.encoding import Encoder
 from listener.errors import EncoderLost
 from listener.pipeline import Pipeline
 from listener.queue import Queue
 from listener.stop import Stop
 from tests.harness import Database, TinyEmbedder, serving, wait_until
+from tests.test_an_embedding_input_may_fail import limit_statements, replace_input
 
 
 @contextmanager
@@ -93,6 +95,37 @@ def test_what_waits_for_the_model_keeps_its_lease(database: Database) -> None:
         database.wait_for_rest()
 
     assert len(embedder.encoded) == 6
+
+
+def test_leases_hold_while_it_is_found_out_which_event_takes_too_long(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a peer would claim its mates as a dead worker's, and encode them again."""
+    limit_statements(monkeypatch, "0.5s")
+    replace_input(database, "perform pg_catalog.pg_sleep(9)")
+    bad, *mates = database.insert("bad", *map(str, range(31)))
+    database = database.with_settings(lease_seconds=1.0, max_attempts=1, backfill_last_n=0)
+    before = counters.lease_expiries
+
+    with serving(database), serving(database):
+        wait_until(lambda: [row[0] for row in database.queue() if row[5]] == [bad])
+        wait_until(lambda: database.embedded().keys() == set(mates))
+
+    assert counters.lease_expiries == before
+
+
+def test_a_claim_of_events_that_are_gone_makes_the_next_no_smaller(database: Database) -> None:
+    """It tells nothing of the model."""
+    ids = database.insert(*map(str, range(200)))
+    database.rows("insert into listener.queue (event_id) select unnest(%s::bigint[])", ids)
+    database.rows("delete from listener.change")
+    database.rows("delete from public.iot_events")
+    rounds = []
+
+    with draining(database, TinyEmbedder()) as drain:
+        drain(lambda: rounds.append(len(database.queue())))
+
+    assert len(rounds) == 4
 
 
 def test_a_batch_is_not_blamed_for_the_time_of_the_one_before(database: Database) -> None:

@@ -431,6 +431,41 @@ def test_events_of_a_dead_worker_are_tried_in_small_groups_then_alone(
     assert set(database.embedded()) == set(mates)
 
 
+def test_a_change_of_an_event_whose_worker_died_does_not_mix_it_with_others(
+    database: Database, queue: Queue
+) -> None:
+    """A text that kills, and changes before the next worker is there, would never be found."""
+    killer, _ = database.insert("kills", "mate")
+    claimed(queue)
+    database.rows("update listener.queue set due_at = now()")
+    database.rows("update public.iot_events set message = 'kills, too' where id = %s", killer)
+    (new,) = database.insert("new")
+
+    first, second, third = claimed(queue, 8), claimed(queue, 8), queue.claim(8)
+
+    assert first.event_ids == [new]
+    assert (second.retried, len(second.event_ids)) == (True, 2)
+    assert third is None
+    texts = {event.event_id: event.text.split()[-1] for event in queue.read(second)}
+    assert texts[killer] == "too"
+    assert {row[3] for row in database.queue()} == {1, 2}
+
+
+def test_an_event_whose_worker_died_is_claimed_where_its_change_is_all_there_is(
+    database: Database, queue: Queue
+) -> None:
+    """The change alone gives nothing to claim."""
+    database.insert("kills")
+    claimed(queue)
+    database.rows("update listener.queue set due_at = now()")
+    database.rows("update public.iot_events set message = 'kills, too'")
+
+    claim = claimed(queue)
+
+    assert claim.retried
+    assert [row[1:5] for row in database.queue()] == [(2, 0, 2, True)]
+
+
 def test_an_event_that_was_on_every_attempt_when_its_worker_died_is_parked(
     database: Database, queue: Queue
 ) -> None:

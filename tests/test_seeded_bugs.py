@@ -13,8 +13,8 @@ import pytest
 from hypothesis import Phase
 
 from listener import queries
-from listener.claim import Claim, Event
-from listener.queue import Queue, SweepPage
+from listener.claim import Claim, Event, SweepPage
+from listener.queue import Queue
 from listener.service import _Session
 from listener.wakeup import Wakeup
 from tests.harness import Database, claimed, serving, store, wait_until

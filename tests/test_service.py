@@ -21,6 +21,7 @@ from listener.pipeline import Pipeline
 from listener.service import Service, _Kept, _open_session
 from listener.stop import Stop
 from listener.sweep import Sweep
+from listener.upkeep import discard_parked
 from tests.harness import (
     Command,
     Database,
@@ -340,6 +341,19 @@ def test_a_parked_event_that_is_deleted_goes_with_the_next_sweep(database: Datab
         database.rows("delete from public.iot_events")
 
         wait_until(lambda: database.queue() == [])
+
+
+def test_parked_events_that_it_takes_too_long_to_look_at_stop_no_service(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Millions of them would be looked at first by each session, for ever."""
+    with database.service_session() as conn, database.session() as other, other.transaction():
+        other.execute("lock table listener.queue in access exclusive mode")
+        conn.execute("set statement_timeout = '100ms'")
+
+        discard_parked(conn)
+
+    assert caplog.messages == ["parked_events_not_looked_at"]
 
 
 def test_run_once_drops_parked_events_that_were_deleted(database: Database) -> None:

@@ -178,6 +178,19 @@ def test_the_trigger_functions_belong_to_a_role_that_cannot_log_in(project: Data
     assert found == [("listener_owner", False, False)]
 
 
+def test_an_upgrade_by_a_superuser_gives_no_function_its_rights(project: Database) -> None:
+    """They call embedding_input, which the project's role may replace."""
+    with superuser(project) as conn:
+        conn.execute("drop function listener.page(text, text, integer, timestamptz)")
+
+        install_in(conn)
+
+        assert not conn.execute(
+            "select p.proname from pg_proc p join pg_roles r on r.oid = p.proowner "
+            "where p.pronamespace = 'listener'::regnamespace and p.prosecdef and r.rolsuper"
+        ).fetchall()
+
+
 def test_pgvector_is_created_where_supabase_keeps_extensions(new_project: NewProject) -> None:
     """Never in public. There the role of the project may create it; here only an administrator."""
     with new_project() as database:
