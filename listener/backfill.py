@@ -28,14 +28,16 @@ def queue_events(
     last: int | None,
     since: datetime | None,
     progress: Callable[[int, int], None],
+    is_over: Callable[[], bool],
 ) -> Queued:
-    """Sweep the newest `last` events (None: all), page by page, each page its own transaction.
+    """Sweep the newest `last` events (None: all), page by page, or until `is_over`.
 
-    Stopped and run again, it finds what it queued already queued. `progress` gets the counts.
+    Each page is a transaction of its own. Stopped and run again, it finds what it queued already
+    queued. `progress` gets the counts.
     """
     scanned = queued = 0
     start: str | None = None
-    while last is None or scanned < last:
+    while (last is None or scanned < last) and not is_over():
         events = _PAGE if last is None else min(_PAGE, last - scanned)
         page = queue.sweep(model, start, events, since)
         scanned, queued, start = scanned + page.scanned, queued + page.queued, page.next_from

@@ -15,7 +15,8 @@ from listener.report import Report, facts_lines, require_reports_dir, write_repo
 
 @click.command("install", cls=Command, settings=(*DATABASE, "reports_dir"))
 @click.option(
-    "--columns", help="Columns to embed, comma-separated; default: all but keys and times."
+    "--columns",
+    help="Columns to embed, comma-separated; default: as before, at first all but keys and times.",
 )
 @click.option(
     "--print",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -128,13 +128,14 @@ def backfill_command(
             raise ConfigError(problem)
         queue = Queue(conn, settings, None)
         before = count_pending(conn)
-        queued = queue_events(queue, model, last, moment, _tell_queued)
-        orphans = delete_orphans(conn) if everything else 0
+        stop = stop_on_signals()
+        queued = queue_events(queue, model, last, moment, _tell_queued, stop.is_set)
+        orphans = delete_orphans(conn) if everything and not stop.is_set() else 0
         steps = [
             f"looked at {queued.scanned} events, queued {queued.queued}",
             f"deleted {orphans} embeddings of events that are gone",
         ]
-        end = _drain(conn, settings, work=work)
+        end = _drain(conn, settings, stop, work=work)
         left = count_pending(conn)
     report = Report(
         "backfill",
@@ -160,47 +161,35 @@ def _tell_queued(scanned: int, queued: int) -> None:
     say(f"looked at {scanned}, queued {queued}")
 
 
-def _drain(conn: Connection, settings: Settings, *, work: bool) -> str:
+def _drain(conn: Connection, settings: Settings, stop: Stop, *, work: bool) -> str:
     """Follow the drain, by the service or by ourselves. Returns how that ended."""
-    # Imports rich.
-    from listener.live import progress
-
-    stop = stop_on_signals()
-    failures: list[Exception] = []
-    worker = threading.Thread(target=_work, args=(settings, stop, failures), name="worker")
-    if work:
-        worker.start()
-    elif not read_workers(conn) and count_pending(conn):
+    if stop.is_set():
+        return "stopped before all was looked at"
+    if not work and not read_workers(conn) and count_pending(conn):
         say(
             "no service is seen (one behind a pooler may not be); start `listener run`, "
             "or add --work to embed here"
         )
         return "not followed: no service is seen"
-    try:
-        with progress() as tell:
-            follow(
-                conn,
-                read_clock(conn),
-                tell,
-                lambda: stop.is_set() or (work and not worker.is_alive()),
-                seconds=1.0,
-            )
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        if work:
-            worker.join()
-    if failures:
-        raise failures[0]
+    with ThreadPoolExecutor(1, "worker") as pool:
+        settings = replace(settings, backfill_last_n=0)
+        worker = pool.submit(_serve, settings, stop, once=True) if work else None
+        try:
+            _follow(conn, lambda: stop.is_set() or (worker is not None and worker.done()))
+        except BaseException:
+            stop.set()
+            raise
+    if worker is not None:
+        worker.result()
     return "stopped before the end" if stop.is_set() else "followed to the end"
 
 
-def _work(settings: Settings, stop: Stop, failures: list[Exception]) -> None:
-    try:
-        _serve(replace(settings, backfill_last_n=0), stop, once=True)
-    except Exception as error:  # noqa: BLE001  raised again where the command ends
-        failures.append(error)
+def _follow(conn: Connection, is_over: Callable[[], bool]) -> None:
+    # Imports rich.
+    from listener.live import progress
+
+    with progress() as tell:
+        follow(conn, read_clock(conn), tell, is_over, seconds=1.0)
 
 
 @click.command("retry", cls=Command, settings=(*DATABASE, "reports_dir"))

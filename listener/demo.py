@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -119,28 +120,15 @@ def _serve_and_feed(
     counts = conn.execute(_COUNTS).fetchone()
     assert counts is not None  # noqa: S101  the statement has one row
     console.print(f"{counts[0]} events so far, {counts[1]} embedded. Ctrl-C ends the demo.\n")
-    failures: list[Exception] = []
-    worker = threading.Thread(
-        target=_serve, args=(Service(settings, encoder, stop), stop, failures), name="service"
-    )
-    worker.start()
-    try:
-        with translated():
-            _feed(conn, encoder, events, stop, console)
-    finally:
-        stop.set()
-        worker.join()
-        encoder.close()
-    if failures:
-        raise failures[0]
-
-
-def _serve(service: Service, stop: Stop, failures: list[Exception]) -> None:
-    try:
-        service.run()
-    except Exception as error:  # noqa: BLE001  raised again where the demo ends
-        failures.append(error)
-        stop.set()
+    with closing(encoder), ThreadPoolExecutor(1, "service") as pool:
+        worker = pool.submit(Service(settings, encoder, stop).run)
+        worker.add_done_callback(lambda _: stop.set())
+        try:
+            with translated():
+                _feed(conn, encoder, events, stop, console)
+        finally:
+            stop.set()
+    worker.result()
 
 
 def _feed(
@@ -191,7 +179,7 @@ def _wait_for_vector(conn: Connection, event_id: int, stop: Stop) -> bool:
 def _search(conn: Connection, encoder: Encoder, console: Console) -> None:
     question = random.choice(_QUESTIONS)
     console.print(f"\n  search [italic]“{question}”[/]", highlight=False)
-    vector = encoder.submit([question]).result().results[0]
+    vector = encoder.encode([question]).results[0]
     if isinstance(vector, Exception):
         raise vector
     for hit in nearest(conn, vector, encoder.fingerprint, limit=3):

@@ -136,7 +136,8 @@ def status_lines(status: dict[str, Any]) -> list[str]:
     for worker in status["workers"]:
         lines.append(
             f"worker          {worker['worker']} on {worker['host']}, pid {worker['pid']}, "
-            f"since {worker['started_at']:%Y-%m-%d %H:%M:%S %Z}, {worker['model']}"
+            f"since {worker['started_at']:%Y-%m-%d %H:%M:%S %Z}, seen at "
+            f"{worker['seen_at']:%H:%M:%S}, {worker['model']}"
         )
     if not status["workers"]:
         lines.append("worker          none")

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from tests.harness import (
     serving,
     wait_until,
 )
+from tests.test_an_embedding_input_may_fail import change_sweep
 from tests.test_install import install_in, with_events
 
 
@@ -263,6 +265,24 @@ def test_backfill_of_all_removes_embeddings_of_events_that_are_gone(static: Data
 
     assert len(static.embedded()) == 1
     assert finished.returncode == 0
+
+
+def test_a_backfill_that_is_stopped_while_it_queues_reports_what_it_did(
+    static: Database, spawn: Callable[..., Command]
+) -> None:
+    """The page in hand is finished; run again, it goes on."""
+    static.insert(*map(str, range(5000)))
+    static.forget_queue()
+    change_sweep(static, "p_from is not null", "perform pg_sleep(1)")
+    backfill = spawn(static.settings, "backfill", "--all", "--work")
+    backfill.wait_for("looked at 2000")
+
+    code = backfill.end(signal.SIGINT)
+
+    assert code == 0
+    (report,) = static.settings.reports_dir.glob("*_backfill.md")
+    assert "stopped before all was looked at" in report.read_text()
+    assert len(static.queue()) in (2000, 4000)
 
 
 def test_backfill_without_a_service_says_who_could_work(static: Database) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from listener import queries
+from listener.status import read_status
 from tests.harness import Database, serving
 
 
@@ -21,6 +22,18 @@ def test_the_view_tells_what_waits_by_lane_and_what_is_parked(database: Database
 
     assert row == (4, 3, 1, 1, 0, "why", 0, True)
     assert database.value("select pending from listener.status") == database.value(queries.PENDING)
+
+
+def test_status_lists_no_event_as_parked_that_has_changed_since(database: Database) -> None:
+    """It counts as pending."""
+    parked, changed = database.insert("parked", "changed")
+    database.park(parked, changed)
+    database.rows("update public.iot_events set message = 'anew' where id = %s", changed)
+
+    status = read_status(database.conn, database.settings)
+
+    assert [event["event_id"] for event in status["parked_events"]] == [parked]
+    assert (status["pending"], status["parked"]) == (1, 1)
 
 
 def test_the_last_error_is_that_of_the_newest_parked_event(database: Database) -> None:
