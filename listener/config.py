@@ -116,7 +116,7 @@ class Settings:
     metrics_host: str = _setting("127.0.0.1", "Address that this port is opened on.")
     reports_dir: Path = _setting(Path("_reports"), "Where commands leave their reports.")
     demo_dir: Path = _setting(
-        Path("/var/lib/iot-event-listener")
+        Path("/var/lib/iot-event-listener-demo")
         if os.geteuid() == 0
         else _home() / ".local/share/iot-event-listener",
         "Where the demo keeps its Postgres.",
