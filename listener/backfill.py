@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from listener.database import Connection
+from listener.errors import StatementTimeout
 from listener.queue import Queue
 from listener.status import count_pending_since
 
@@ -32,14 +33,20 @@ def queue_events(
 ) -> Queued:
     """Sweep the newest `last` events (None: all), page by page, or until `is_over`.
 
-    Each page is a transaction of its own. Stopped and run again, it finds what it queued already
-    queued. `progress` gets the counts.
+    Each page is a transaction of its own; one that takes too long is tried again by halves. Stopped
+    and run again, it finds what it queued already queued. `progress` gets the counts.
     """
     scanned = queued = 0
-    start: str | None = None
+    most, start = _PAGE, None
     while (last is None or scanned < last) and not is_over():
-        events = _PAGE if last is None else min(_PAGE, last - scanned)
-        page = queue.sweep(model, start, events, since)
+        events = most if last is None else min(most, last - scanned)
+        try:
+            page = queue.sweep(model, start, events, since)
+        except StatementTimeout:
+            if events == 1:
+                raise
+            most = events // 2
+            continue
         scanned, queued, start = scanned + page.scanned, queued + page.queued, page.next_from
         progress(scanned, queued)
         queue.notify()

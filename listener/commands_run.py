@@ -27,7 +27,7 @@ from listener.console import (
     stop_on_signals,
 )
 from listener.database import Connection, connect, read_clock
-from listener.errors import ConfigError, EncoderLost, SchemaError
+from listener.errors import ConfigError, EncoderLost, SchemaError, StatementTimeout
 from listener.logs import configure_logs
 from listener.model import fetch, locate
 from listener.queue import Queue
@@ -130,11 +130,9 @@ def backfill_command(
         before = count_pending(conn)
         stop = stop_on_signals()
         queued = queue_events(queue, model, last, moment, _tell_queued, stop.is_set)
-        orphans = delete_orphans(conn) if everything and not stop.is_set() else 0
-        steps = [
-            f"looked at {queued.scanned} events, queued {queued.queued}",
-            f"deleted {orphans} embeddings of events that are gone",
-        ]
+        steps = [f"looked at {queued.scanned} events, queued {queued.queued}"]
+        if everything and not stop.is_set():
+            steps.append(_delete_orphans(conn))
         end = _drain(conn, settings, stop, work=work)
         left = count_pending(conn)
     report = Report(
@@ -145,6 +143,15 @@ def backfill_command(
         "Nothing to undo; embeddings of a text are the same however often it is embedded.",
     )
     say(f"{left} pending; report in {write_report(settings, report)}")
+
+
+def _delete_orphans(conn: Connection) -> str:
+    """Delete them, or let it be where the role's statements may not take so long."""
+    try:
+        return f"deleted {delete_orphans(conn)} embeddings of events that are gone"
+    except StatementTimeout as error:
+        say(f"not looked for embeddings of events that are gone: {error}")
+        return f"deleted no embeddings of events that are gone: {error}"
 
 
 def _moment(since: datetime) -> datetime:

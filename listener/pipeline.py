@@ -189,8 +189,10 @@ class Pipeline:
         if time.monotonic() - self._extended < self._settings.lease_seconds / 3:
             return
         self._extended = time.monotonic()
+        written = {lease for _, lease in self._written}
         for lease, event_ids in self._in_hand.items():
-            self._queue.extend(lease, event_ids)
+            if lease not in written:
+                self._queue.extend(lease, event_ids)
 
     def _finish(self, batch: Batch) -> None:
         """Store and acknowledge what the model gave; fail what it refused."""

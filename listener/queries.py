@@ -345,13 +345,16 @@ from listener.queue q
 where q.event_id = any(%(event_ids)s) and q.lease = %(lease)s
 """
 
-# Those whose text is another one by now. The change waits, or it was made behind the triggers, or
-# there is none, and the text reads differently each time.
+# Those whose text is another one by now. The change waits or was taken already, or was made behind
+# the triggers, or there is none, and the text reads differently each time.
 OUTDATED = """
 select
   q.event_id,
-  exists (select from listener.change c where c.event_id = q.event_id) as has_changed
-from unnest(%(event_ids)s, %(hashes)s::bytea[]) as d (event_id, content_hash)
+  q.version <> d.version
+    or exists (select from listener.change c where c.event_id = q.event_id) as has_changed
+from unnest(
+  %(event_ids)s, %(versions)s::integer[], %(hashes)s::bytea[]
+) as d (event_id, version, content_hash)
 join listener.queue q on q.event_id = d.event_id and q.lease = %(lease)s
 join listener.event e on e.id = d.event_id
 where e.content_hash is distinct from d.content_hash

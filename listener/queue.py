@@ -199,8 +199,10 @@ class Queue:
         """
         event_ids = [event.event_id for event in events]
         self._execute(queries.DISCARD, event_ids=event_ids, lease=lease)
+        versions = [event.version for event in events]
         hashes = [event.content_hash for event in events]
-        rows = self._execute(queries.OUTDATED, event_ids=event_ids, hashes=hashes, lease=lease)
+        given = {"event_ids": event_ids, "versions": versions, "hashes": hashes, "lease": lease}
+        rows = self._execute(queries.OUTDATED, **given)
         if changed := [event_id for event_id, has_changed in rows if has_changed]:
             self.release(lease, changed, _LATER_SECONDS)
         if others := [event_id for event_id, has_changed in rows if not has_changed]:

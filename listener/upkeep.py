@@ -11,11 +11,16 @@ from listener.database import Connection, translated
 from listener.errors import StatementTimeout
 from listener.logs import log
 
+# Less than what a session waits for an answer.
+_PARKED_SECONDS = 8
+
 
 def discard_parked(conn: Connection) -> None:
     """Drop parked events that no longer exist, unless there are too many to look at."""
     try:
-        with translated():
+        with translated(), conn.transaction():
+            # Behind a pooler a session has no limit of its own.
+            conn.execute(queries.LIMIT_STATEMENT, {"duration": f"{_PARKED_SECONDS}s"})
             conn.execute(queries.DISCARD_PARKED)
     except StatementTimeout as error:
         log(logging.WARNING, "parked_events_not_looked_at", cause=error)

@@ -267,6 +267,33 @@ def test_backfill_of_all_removes_embeddings_of_events_that_are_gone(static: Data
     assert finished.returncode == 0
 
 
+def test_a_backfill_gets_by_with_a_short_statement_timeout(static: Database) -> None:
+    """Of its role, or of the database."""
+    ids = static.insert(*map(str, range(5)))
+    static.forget_queue()
+    change_sweep(static, "p_limit > 2", "perform pg_sleep(9)")
+    limit = "-c statement_timeout=200ms"
+
+    finished = listener(static.settings, "backfill", "--all", PGOPTIONS=limit)
+
+    assert "looked at 5, queued 5" in finished.stderr
+    assert [row[0] for row in static.queue()] == ids
+
+
+def test_a_backfill_that_may_not_look_for_orphans_follows_all_the_same(static: Database) -> None:
+    """And says that it did not."""
+    change_sweep(static, "true", "return query select 0::bigint, 0::bigint, null::text; return")
+    with static.session() as other, other.transaction():
+        other.execute("lock table public.event_embeddings in access exclusive mode")
+        finished = listener(
+            static.settings, "backfill", "--all", PGOPTIONS="-c statement_timeout=200ms"
+        )
+
+    assert "not looked for embeddings of events that are gone" in finished.stderr
+    (report,) = static.settings.reports_dir.glob("*_backfill.md")
+    assert "deleted no embeddings" in report.read_text()
+
+
 def test_a_backfill_that_is_stopped_while_it_queues_reports_what_it_did(
     static: Database, spawn: Callable[..., Command]
 ) -> None:

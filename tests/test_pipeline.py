@@ -128,16 +128,31 @@ def test_a_claim_of_events_that_are_gone_makes_the_next_no_smaller(database: Dat
     assert len(rounds) == 4
 
 
+class Slow(TinyEmbedder):
+    """Takes most of the second that a batch may take, or a lease holds."""
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        time.sleep(0.7)
+        return super().encode(texts)
+
+
+def test_no_lease_of_what_is_written_is_extended(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of events that come one by one there would be hundreds."""
+    extended = []
+    monkeypatch.setattr(Queue, "extend", lambda _, lease, ids: extended.append((lease, ids)))
+
+    with draining(database.with_settings(lease_seconds=1.0), Slow()) as drain:
+        for message in "ab":
+            extended.clear()
+            event_ids = database.insert(message)
+            drain(lambda: None)
+            assert {tuple(ids) for _, ids in extended} == {tuple(event_ids)}
+
+
 def test_a_batch_is_not_blamed_for_the_time_of_the_one_before(database: Database) -> None:
     """Two slow ones, one after the other, are no hang."""
-
-    class Slow(TinyEmbedder):
-        """Takes most of the time that a batch may take."""
-
-        def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-            time.sleep(0.7)
-            return super().encode(texts)
-
     database.insert("a", "b", "c")
     database = database.with_settings(encode_seconds=1.0, batch_events=1)
 

@@ -451,6 +451,22 @@ def test_a_change_of_an_event_whose_worker_died_does_not_mix_it_with_others(
     assert {row[3] for row in database.queue()} == {1, 2}
 
 
+def test_a_holder_that_lives_is_not_blamed_for_a_change_that_was_taken(
+    database: Database, queue: Queue
+) -> None:
+    """Its lease ran out, so its event was left to be claimed anew."""
+    database.insert("old")
+    claim = claimed(queue)
+    events = queue.read(claim)
+    database.rows("update listener.queue set due_at = now()")
+    database.rows("update public.iot_events set message = 'new'")
+    assert queue.claim_changes(8) is None
+
+    assert store(queue, claim, events) == []
+
+    assert [row[1:] for row in database.queue()] == [(2, 0, 0, False, False, None)]
+
+
 def test_an_event_whose_worker_died_is_claimed_where_its_change_is_all_there_is(
     database: Database, queue: Queue
 ) -> None:

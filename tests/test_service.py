@@ -344,12 +344,12 @@ def test_a_parked_event_that_is_deleted_goes_with_the_next_sweep(database: Datab
 
 
 def test_parked_events_that_it_takes_too_long_to_look_at_stop_no_service(
-    database: Database, caplog: pytest.LogCaptureFixture
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Millions of them would be looked at first by each session, for ever."""
+    monkeypatch.setattr("listener.upkeep._PARKED_SECONDS", 0.1)
     with database.service_session() as conn, database.session() as other, other.transaction():
         other.execute("lock table listener.queue in access exclusive mode")
-        conn.execute("set statement_timeout = '100ms'")
 
         discard_parked(conn)
 
