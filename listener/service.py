@@ -35,6 +35,7 @@ from listener.worker import BEAT_SECONDS, Worker, beat
 _BRIEF_SECONDS, _MOST_DOUBLINGS = 2.0, 3
 # So often in a row a connection may be lost over events without any of them being to blame.
 _BY_CHANCE = 2
+_TURN_SECONDS = 1.0
 # The numbers that systemd shows are as old as this.
 _STATUS_SECONDS = 15.0
 
@@ -186,6 +187,7 @@ class _Session:
         self._pipeline = Pipeline(settings, self._queue, encoder, stop, kept.in_hand)
         self._sweep = kept.sweep
         self._next_beat = time.monotonic()
+        self._next_turn = time.monotonic()
         self._next_status = time.monotonic()
 
     def give_back(self) -> None:
@@ -200,7 +202,12 @@ class _Session:
             self._after_step()
             seconds = self._wakeup.prepare_sleep()
             # Only now, or a commit could fall between drain and sleep.
-            if not self._drain() and not self._sweep_page():
+            was_busy = self._drain() > 0
+            # Where events never cease, the sweep has its turn now and then.
+            if was_busy and time.monotonic() < self._next_turn:
+                continue
+            self._next_turn = time.monotonic() + _TURN_SECONDS
+            if not self._sweep_page() and not was_busy:
                 self._sleep(seconds)
 
     def run_once(self) -> None:
@@ -211,7 +218,7 @@ class _Session:
         return self._pipeline.drain(self._stay_awake, self._after_step)
 
     def _sweep_page(self) -> bool:
-        """Only when nothing else is due. Returns whether there is more to do."""
+        """When nothing else is due, or it is its turn. Returns whether there is more to do."""
         return self._sweep.page(self._work, self._queue, self._encoder.fingerprint)
 
     def _stay_awake(self, is_much: bool) -> None:

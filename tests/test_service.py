@@ -317,6 +317,19 @@ def test_run_once_embeds_what_is_due_and_the_last_n_and_ends(
     assert database.value("select count(*) from listener.worker") == 0
 
 
+def test_the_sweep_has_its_turn_where_events_never_cease(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no trigger saw would else be neither embedded nor pending."""
+    drain = Pipeline.drain
+    monkeypatch.setattr(Pipeline, "drain", lambda *arguments: max(drain(*arguments), 1))
+    database.insert("a")
+    database.forget_queue()
+
+    with serving(database):
+        wait_until(database.embedded)
+
+
 def test_the_sweep_is_repeated_on_its_timer(database: Database) -> None:
     """What a writer left without a trigger is found by a service that sleeps, each time."""
     (first,) = database.insert("a")
