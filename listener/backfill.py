@@ -47,6 +47,8 @@ def queue_events(
                 raise
             most = events // 2
             continue
+        # It may have been a lock.
+        most = min(2 * events, _PAGE)
         scanned, queued, start = scanned + page.scanned, queued + page.queued, page.next_from
         progress(scanned, queued)
         queue.notify()

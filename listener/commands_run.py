@@ -150,7 +150,7 @@ def _delete_orphans(conn: Connection) -> str:
     try:
         return f"deleted {delete_orphans(conn)} embeddings of events that are gone"
     except StatementTimeout as error:
-        say(f"not looked for embeddings of events that are gone: {error}")
+        say(f"gave up looking for embeddings of events that are gone: {error}")
         return f"deleted no embeddings of events that are gone: {error}"
 
 
@@ -171,7 +171,7 @@ def _tell_queued(scanned: int, queued: int) -> None:
 def _drain(conn: Connection, settings: Settings, stop: Stop, *, work: bool) -> str:
     """Follow the drain, by the service or by ourselves. Returns how that ended."""
     if stop.is_set():
-        return "stopped before all was looked at"
+        return "stopped before the end"
     if not work and not read_workers(conn) and count_pending(conn):
         say(
             "no service is seen (one behind a pooler may not be); start `listener run`, "

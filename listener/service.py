@@ -35,6 +35,7 @@ from listener.worker import BEAT_SECONDS, Worker, beat
 _BRIEF_SECONDS, _MOST_DOUBLINGS = 2.0, 3
 # So often in a row a connection may be lost over events without any of them being to blame.
 _BY_CHANCE = 2
+# Where events never cease, a page of the sweep comes this often, or takes a quarter of the time.
 _TURN_SECONDS = 1.0
 # The numbers that systemd shows are as old as this.
 _STATUS_SECONDS = 15.0
@@ -203,11 +204,13 @@ class _Session:
             seconds = self._wakeup.prepare_sleep()
             # Only now, or a commit could fall between drain and sleep.
             was_busy = self._drain() > 0
-            # Where events never cease, the sweep has its turn now and then.
             if was_busy and time.monotonic() < self._next_turn:
                 continue
-            self._next_turn = time.monotonic() + _TURN_SECONDS
-            if not self._sweep_page() and not was_busy:
+            began = time.monotonic()
+            is_more = self._sweep_page()
+            took = time.monotonic() - began
+            self._next_turn = began + took + max(_TURN_SECONDS, 3 * took)
+            if not is_more and not was_busy:
                 self._sleep(seconds)
 
     def run_once(self) -> None:

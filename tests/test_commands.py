@@ -281,7 +281,7 @@ def test_a_backfill_gets_by_with_a_short_statement_timeout(static: Database) -> 
 
 
 def test_a_backfill_that_may_not_look_for_orphans_follows_all_the_same(static: Database) -> None:
-    """And says that it did not."""
+    """And says so."""
     change_sweep(static, "true", "return query select 0::bigint, 0::bigint, null::text; return")
     with static.session() as other, other.transaction():
         other.execute("lock table public.event_embeddings in access exclusive mode")
@@ -289,7 +289,7 @@ def test_a_backfill_that_may_not_look_for_orphans_follows_all_the_same(static: D
             static.settings, "backfill", "--all", PGOPTIONS="-c statement_timeout=200ms"
         )
 
-    assert "not looked for embeddings of events that are gone" in finished.stderr
+    assert "gave up looking for embeddings of events that are gone" in finished.stderr
     (report,) = static.settings.reports_dir.glob("*_backfill.md")
     assert "deleted no embeddings" in report.read_text()
 
@@ -308,7 +308,7 @@ def test_a_backfill_that_is_stopped_while_it_queues_reports_what_it_did(
 
     assert code == 0
     (report,) = static.settings.reports_dir.glob("*_backfill.md")
-    assert "stopped before all was looked at" in report.read_text()
+    assert "stopped before the end" in report.read_text()
     assert len(static.queue()) in (2000, 4000)
 
 

@@ -290,10 +290,15 @@ def test_a_callers_types_do_not_get_into_what_runs_with_the_owners_rights(
                 caller.rows(f"create domain pg_temp.{name} as pg_catalog.{name} check (false)")
             caller.rows("insert into public.iot_events values (%s, 1)", event_id)
             caller.rows("update public.iot_events set n = 2")
-            pages = caller.rows("select * from listener.page(null, null, 1, null)")
+            database.rows(
+                "insert into public.event_embeddings (event_id, embedding, model, content_hash) "
+                "select e.id, array_fill(1::real, array[384]), 'm', listener.content_hash(e.*) "
+                "from public.iot_events e"
+            )
+            pages = caller.rows("select * from listener.page('m', null, 1, null)")
             start = f'["infinity", "{event_id}"]'
-            assert caller.rows("select * from listener.page(null, %s, 1, null)", start) == pages
-            assert [(page[0], page[1] is None) for page in pages] == [(event_id, False)]
+            assert caller.rows("select * from listener.page('m', %s, 1, null)", start) == pages
+            assert [page[:2] for page in pages] == [(event_id, True)]
             caller.rows("select listener.nearest(null, null, 1)")
             caller.rows("select listener.latency(1)")
             caller.rows("select listener.compact()")

@@ -320,7 +320,7 @@ def test_run_once_embeds_what_is_due_and_the_last_n_and_ends(
 def test_the_sweep_has_its_turn_where_events_never_cease(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What no trigger saw would else be neither embedded nor pending."""
+    """What no trigger saw would else not even be pending."""
     drain = Pipeline.drain
     monkeypatch.setattr(Pipeline, "drain", lambda *arguments: max(drain(*arguments), 1))
     database.insert("a")
