@@ -216,8 +216,10 @@ def is_of_a_row(error: psycopg.Error) -> bool:
     return state is not None and not {state, state[:2]} & _NOT_OF_A_ROW
 
 
-def describe(error: psycopg.Error) -> str:
-    """The error's name and first line."""
+def describe(error: Exception) -> str:
+    """The name and first line of an error of the driver; of one of ours, what it says."""
+    if not isinstance(error, psycopg.Error):
+        return str(error)
     message = error.diag.message_primary or " ".join(str(error).split())
     return f"{type(error).__name__}: {message}"
 

@@ -186,8 +186,7 @@ class _Reading:
             self._row = self._read()
         except (ListenerError, psycopg.Error) as error:
             self._row = None
-            cause = describe(error) if isinstance(error, psycopg.Error) else error
-            log(logging.WARNING, "metrics_incomplete", cause=cause)
+            log(logging.WARNING, "metrics_incomplete", cause=describe(error))
         self._next = time.monotonic() + self._seconds
 
 

@@ -74,8 +74,7 @@ class Service:
             except (ConnectionLost, psycopg.Error) as error:
                 counters.reconnects += 1
                 self._suspect(error)
-                cause = describe(error) if isinstance(error, psycopg.Error) else error
-                log(logging.WARNING, "connection_lost", cause=cause)
+                log(logging.WARNING, "connection_lost", cause=describe(error))
                 # A server that accepts connections and then fails must not be hammered.
                 was_brief = time.monotonic() - began < _BRIEF_SECONDS
                 doublings = min(doublings + 1, _MOST_DOUBLINGS) if was_brief else 0

@@ -61,8 +61,7 @@ class Sweep:
         is_last = events == 1 and (self._is_blind or not may_be_blind)
         if is_last:
             # To begin anew at once would fail again.
-            cause = describe(error) if isinstance(error, psycopg.Error) else error
-            log(logging.WARNING, "sweep_given_up", left=self._left, cause=cause)
+            log(logging.WARNING, "sweep_given_up", left=self._left, cause=describe(error))
             self._schedule()
         self._is_blind = events == 1 and not is_last
 

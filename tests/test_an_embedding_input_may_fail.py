@@ -73,9 +73,9 @@ def replace_input(database: Database, on_bad: str, volatility: str = "stable") -
     )
 
 
-def limit_statements(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    """Of the service's sessions from here on."""
-    shorter = queries.SERVICE_SESSION.replace("'8s'", f"'{limit}'")
+def limit_statements(monkeypatch: pytest.MonkeyPatch, limit: str, instead: str = "8s") -> None:
+    """Of the service's sessions from here on; instead of 6s it is their wait for a lock."""
+    shorter = queries.SERVICE_SESSION.replace(f"'{instead}'", f"'{limit}'")
     assert shorter != queries.SERVICE_SESSION
     monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
 
@@ -416,8 +416,7 @@ def test_a_sweep_waits_for_a_lock_and_blames_no_event(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As for the time of a `vacuum full`; it goes on where it was."""
-    shorter = queries.SERVICE_SESSION.replace("'6s'", "'50ms'")
-    monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
+    limit_statements(monkeypatch, "50ms", instead="6s")
     monkeypatch.setattr("listener.service._BRIEF_SECONDS", 0.0)
     monkeypatch.setattr("listener.sweep._PAGE", 1)
     ids = database.insert("a", "b")
