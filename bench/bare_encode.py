@@ -12,11 +12,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.peer_table import load_model
+from bench.peer_table import encode, load_model
 from bench.processes import REPOSITORY, clean_environment
 from bench.progress import BenchError
-
-BATCH_SIZE = 64
 
 
 def bare_seconds(model: Path, texts: Sequence[str], folder: Path) -> float:
@@ -36,14 +34,14 @@ def bare_seconds(model: Path, texts: Sequence[str], folder: Path) -> float:
     return float(finished.stdout)
 
 
-def _encode(directory: str, texts: list[str]) -> float:
+def _seconds(directory: str, texts: list[str]) -> float:
     model = load_model(directory)
     # The service, too, has encoded one text before it listens.
-    model.encode(["dimension"], show_progress_bar=False)
+    encode(model, "dimension")
     began = time.perf_counter()
-    model.encode(texts, batch_size=BATCH_SIZE, normalize_embeddings=True, show_progress_bar=False)
+    encode(model, texts)
     return time.perf_counter() - began
 
 
 if __name__ == "__main__":
-    print(_encode(sys.argv[1], json.loads(Path(sys.argv[2]).read_text())))
+    print(_seconds(sys.argv[1], json.loads(Path(sys.argv[2]).read_text())))

@@ -8,8 +8,10 @@ import numpy as np
 
 from bench.cluster import install_listener
 from bench.progress import BenchError, say
+from listener import queries
 from listener.config import DIMENSION, Settings
-from listener.database import Connection, connect, register_vector
+from listener.database import Connection, connect
+from listener.vectors import register_vector
 
 # Of the server that loads: what is inserted after a truncate in the same transaction needs no WAL.
 OPTIONS = ("wal_level=minimal", "max_wal_senders=0", "max_wal_size=4GB", "checkpoint_timeout=15min")
@@ -37,7 +39,6 @@ select
 from public.iot_events e
 where e.id <= %(embedded)s
 """
-_CURRENT = "select c.events, c.current from listener.coverage(%(model)s, %(last)s) c"
 _KINDS = 48
 _CHECKED = 5_000
 
@@ -85,6 +86,6 @@ def _embed(conn: Connection, fingerprint: str, embedded: int) -> None:
 
 def _check(conn: Connection, fingerprint: str, last: int, lacking: int) -> None:
     """By the listener's own function, or its sweep would embed everything again."""
-    found = conn.execute(_CURRENT, {"model": fingerprint, "last": last}).fetchone()
+    found = conn.execute(queries.COVERAGE, {"model": fingerprint, "last": last}).fetchone()
     if found != (last, last - lacking):
         raise BenchError(f"of the last {last} events {found} are (there, current)")

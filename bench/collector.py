@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from bench import peer_table
-from bench.peer_table import MOST_TOGETHER
+from bench.peer_table import BATCH_SIZE
 
 
 class ModelThread:
@@ -46,7 +46,7 @@ class Collector:
     async def _run(self) -> None:
         while True:
             batch = [await self._waiting.get()]
-            while len(batch) < MOST_TOGETHER and not self._waiting.empty():
+            while len(batch) < BATCH_SIZE and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
             try:
                 await self._embed_all([event_id for event_id, _ in batch])

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from bench.bare_encode import BATCH_SIZE, bare_seconds
+from bench.bare_encode import bare_seconds
 from bench.cluster import Cluster, install_listener
 from bench.drain import require_all_embedded
 from bench.models import Model
+from bench.peer_table import BATCH_SIZE
 from bench.processes import REPOSITORY, Line, service
 from bench.progress import say
 from bench.quiet import wait_for_quiet

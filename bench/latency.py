@@ -52,9 +52,9 @@ returning id
 _BLOCK = 20
 _GAP_SECONDS = (0.05, 0.4)
 _PATIENCE_SECONDS = 30.0
-_OVERHEAD_TARGETS = (3.0, 15.0, 100.0)
+OVERHEAD_TARGETS = (3.0, 15.0, 100.0)
 # Of commit to visible with gte-small's shape, by engine; the 99th percentile second.
-_TARGETS = {OPENVINO: (12.0, 30.0)}
+TARGETS = {OPENVINO: (12.0, 30.0)}
 
 
 def run(cluster: Cluster, model: Model, inserts: int, engine: str = TORCH) -> Section:
@@ -142,7 +142,7 @@ def _section(
         "torch in a process that does nothing else, and in the same way the service's own engine.",
         ("milliseconds", "p50", "p99", "max"),
         (
-            ("commit to visible", *_visible(visible, _TARGETS.get(engine, ()))),
+            ("commit to visible", *_visible(visible, TARGETS.get(engine, ()))),
             ("bare `encode`", *_milliseconds(bare)),
             ("the engine's encode", *_milliseconds(own)),
             _overhead("bare `encode`", visible, bare),
@@ -169,7 +169,7 @@ def _overhead(name: str, visible: Sequence[float], encode: Sequence[float]) -> t
     overheads = [value - middle for value in quantiles(visible)]
     cells = (
         f"{value:.2f} ({at_most(value, target)})"
-        for value, target in zip(overheads, _OVERHEAD_TARGETS, strict=True)
+        for value, target in zip(overheads, OVERHEAD_TARGETS, strict=True)
     )
     return (f"**overhead** over {name} ({middle:.2f})", *cells)
 

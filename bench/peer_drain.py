@@ -8,21 +8,23 @@ from pathlib import Path
 from statistics import median
 
 from bench import peer_table, systems
-from bench.bare_encode import BATCH_SIZE, bare_seconds
+from bench.bare_encode import bare_seconds
 from bench.cluster import Cluster
+from bench.drain import TARGETS
 from bench.models import Model, static
+from bench.peer_table import BATCH_SIZE
 from bench.progress import say
 from bench.quiet import wait_for_quiet
 from bench.report import at_least
 from bench.rows import Row
-from bench.systems import LISTENER, OPENVINO, System
+from bench.systems import LISTENER, OPENVINO, TORCH, System
 from bench.texts import copy_messages, random_texts
 from bench.visible import wait_until_all_visible
 from listener.config import Settings
 from listener.database import connect
 
 _PATIENCE_SECONDS = 1200.0
-_TARGET = {LISTENER: 0.97, f"{LISTENER}, {OPENVINO}": 1.1}
+_TARGETS = {LISTENER: TARGETS[TORCH], f"{LISTENER}, {OPENVINO}": TARGETS[OPENVINO]}
 _TARGET_OF_QUEUE, _AIM_OF_QUEUE = 6_000, 8_000
 _STORED_TOGETHER = 256
 
@@ -35,7 +37,7 @@ def model_row(cluster: Cluster, model: Model, systems: Sequence[System], count: 
     rates = {s.name: count / drain_seconds(cluster, s, model.directory, texts) for s in systems}
     verdicts = (
         f"{name}: {at_least(rates[name] / bare, target)}"
-        for name, target in _TARGET.items()
+        for name, target in _TARGETS.items()
         if name in rates
     )
     return Row(

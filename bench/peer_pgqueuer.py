@@ -22,7 +22,7 @@ from pgvector.asyncpg import register_vector
 
 from bench import peer_table
 from bench.collector import Collector, ModelThread
-from bench.peer_table import BATCHED, MOST_TOGETHER, announce_listening, load_model
+from bench.peer_table import BATCH_SIZE, BATCHED, announce_listening, load_model
 
 SCHEMA = """
 create function public.fn_pgqueuer_enqueue(
@@ -68,7 +68,7 @@ for each row execute function public.enqueue_embedding();
 """
 
 # More than its default of 10, as its documentation advises for jobs of less than a second.
-_BATCH_SIZE = 25
+_PLAIN_BATCH_SIZE = 25
 # As peer_table.worker_url.
 _SESSION = {"synchronous_commit": "off"}
 _READ = peer_table.READ.format("$1")
@@ -116,7 +116,7 @@ class _Embedding:
 async def work(url: str, model_directory: str, in_batches: bool) -> None:
     """Work until killed, the queue on a connection of its own, as its documentation advises."""
     model = load_model(model_directory)
-    size = MOST_TOGETHER if in_batches else _BATCH_SIZE
+    size = BATCH_SIZE if in_batches else _PLAIN_BATCH_SIZE
     conn = await asyncpg.connect(url, server_settings=_SESSION)
     async with asyncpg.create_pool(
         url, min_size=2, max_size=4, init=register_vector, server_settings=_SESSION

@@ -20,8 +20,8 @@ from psycopg_pool import AsyncConnectionPool
 from bench import peer_table
 from bench.collector import Collector, ModelThread
 from bench.peer_table import (
+    BATCH_SIZE,
     BATCHED,
-    MOST_TOGETHER,
     announce_listening,
     load_model,
     worker_url,
@@ -89,7 +89,7 @@ class _Embedding:
 async def work(url: str, model_directory: str, in_batches: bool) -> None:
     """Work until killed. Done jobs are deleted, as their documentation advises for busy queues."""
     model = load_model(model_directory)
-    concurrency = 2 * MOST_TOGETHER if in_batches else _CONCURRENCY
+    concurrency = 2 * BATCH_SIZE if in_batches else _CONCURRENCY
     url = worker_url(url)
     app = App(connector=PsycopgConnector(conninfo=url, min_size=4, max_size=10))
     pool = AsyncConnectionPool(

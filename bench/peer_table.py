@@ -11,8 +11,8 @@ from typing import Any
 from psycopg.conninfo import make_conninfo
 
 BATCHED = "--batched"
-# As many as the bare encode takes in one pass.
-MOST_TOGETHER = 64
+# In one pass of the model, of the bare encode and of what is batched by hand.
+BATCH_SIZE = 64
 
 SCHEMA = """
 create extension if not exists vector;
@@ -68,7 +68,7 @@ def load_model(directory: str) -> Any:
 def encode(model: Any, texts: str | list[str]) -> Any:
     """One vector, or one for each text."""
     return model.encode(
-        texts, batch_size=MOST_TOGETHER, normalize_embeddings=True, show_progress_bar=False
+        texts, batch_size=BATCH_SIZE, normalize_embeddings=True, show_progress_bar=False
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bench import peer_drain, peer_latency, systems
 from bench.cluster import Cluster
 from bench.models import GTE_SHAPE, find_model
-from bench.peer_table import MOST_TOGETHER
+from bench.peer_table import BATCH_SIZE
 from bench.report import Section
 from bench.rows import Row, table
 from bench.systems import System
@@ -41,7 +41,7 @@ def section(rows: Sequence[Row], rounds: int) -> Section:
         "its documentation advises; each embeds the same column with the same model, and no "
         "worker's commit waits for the disk. A drain runs from the return of one COPY, the worker "
         "idle, until all vectors are visible. Batched: by hand, up to "
-        f"{MOST_TOGETHER} events that are there at the same time are encoded and stored together. "
+        f"{BATCH_SIZE} events that are there at the same time are encoded and stored together. "
         "The model that costs nothing is a table of vectors by word; its drain is the median of "
         f"{rounds} rounds.",
         rows,

@@ -16,8 +16,8 @@ from pgvector.psycopg import register_vector
 
 from bench import peer_table
 from bench.peer_table import (
+    BATCH_SIZE,
     BATCHED,
-    MOST_TOGETHER,
     announce_listening,
     encode,
     load_model,
@@ -82,8 +82,8 @@ def _what_is_there(listening: psycopg.Connection[Any]) -> Iterator[list[int]]:
     while True:
         notes = [*listening.notifies(stop_after=1), *listening.notifies(timeout=0)]
         event_ids = [int(note.payload) for note in notes]
-        for start in range(0, len(event_ids), MOST_TOGETHER):
-            yield event_ids[start : start + MOST_TOGETHER]
+        for start in range(0, len(event_ids), BATCH_SIZE):
+            yield event_ids[start : start + BATCH_SIZE]
 
 
 def _embed_together(conn: psycopg.Connection[Any], model: Any, event_ids: list[int]) -> None:

@@ -10,13 +10,13 @@ from psycopg import errors
 from psycopg.pq import TransactionStatus
 
 from listener import queries
-from listener.database import Connection, describe, is_of_a_row, translated
+from listener.database import Connection, cause_of, is_of_a_row, translated
 from listener.errors import SchemaError, StatementTimeout
 
 T = TypeVar("T")
 
-# What the lack of an object or a right gives. An embedding_input gives it for one event, where it
-# takes what is in a column for the name of something.
+# What the lack of an object or a right gives, so not of a row by `database.is_of_a_row`. But an
+# embedding_input gives it for one event, where it takes what is in a column for a name.
 _PERHAPS_OF_A_ROW = {"0A", "3F", "42"}
 
 
@@ -28,13 +28,15 @@ def in_parts(
     works_without: Callable[[], bool] | None,
     before_each: Callable[[], None],
 ) -> list[Any]:
-    """What `run` gives for all, or for halves of what is refused or takes too long.
+    """All that `run` returns: for all items, or by halves where it is refused or takes too long.
 
-    An item that is so by itself is failed with the reason. Where the server is slow with all it
-    does, that takes too long as well, and raises. Without a session of the service's own, what took
-    too long may just have waited for a lock; then it raises at once. What may lie in the schema
-    raises, too, unless `works_without` any item; None: that has been seen. `before_each` is
-    called before each part is tried.
+    An item that is refused alone goes to `fail` with the reason; where the server is slow with
+    everything, `fail` takes too long as well, and that raises. Raised at once is:
+    - what no single row can cause;
+    - a time-out without a session of the service's own, where it may have been a wait for a lock;
+    - what may lie in the schema, unless `works_without()` shows that the statement works where it
+      finds no row (None: that was seen).
+    `before_each` is called before each try.
     """
     if not items:
         return []
@@ -55,7 +57,7 @@ def in_parts(
                 if not works_without():
                     raise
                 return in_parts(items, run, fail, has_session, None, before_each)
-        reason = describe(cause)
+        reason = cause_of(cause)
     if len(items) == 1:
         fail(items[0], reason)
         return []
@@ -67,9 +69,9 @@ def in_parts(
 
 
 def works_without_events(conn: Connection, run: Callable[[], object]) -> bool:
-    """Whether `run`, a statement that finds no event, works, and embedding_input on nothing.
+    """Whether `run`, a statement that finds no event, works, and embedding_input on nulls.
 
-    False in a transaction, in which nothing can be tried any more. Raises SchemaError as
+    False in a transaction, where after an error nothing more can be tried. Raises SchemaError as
     `require_input` does.
     """
     if conn.info.transaction_status != TransactionStatus.IDLE:
@@ -85,7 +87,7 @@ def works_without_events(conn: Connection, run: Callable[[], object]) -> bool:
 def require_input(conn: Connection) -> None:
     """Raise SchemaError if embedding_input reads a column or calls a function that isn't there.
 
-    Takes a lock on iot_events that only DDL makes wait.
+    Takes a lock on iot_events that waits for DDL only.
     """
     try:
         with translated():

@@ -13,10 +13,6 @@ from psycopg.rows import class_row
 from listener.claim import EventId
 from listener.database import Connection, translated
 
-KEY_TYPES = ("bigint", "integer", "uuid", "text")
-OLDEST_SERVER = 150000
-
-
 _COLUMNS = """
 select
   a.attname as name,
@@ -258,8 +254,20 @@ class Facts:
         kinds = ("timestamp with time zone", "timestamp without time zone")
         return next((c for c in self.columns if c.name == "created_at" and c.type in kinds), None)
 
-    def event_id(self, text: str) -> EventId:
-        """The id that is written so. Raises ValueError if it isn't of the key's type."""
+    @property
+    def created_at_is_indexed(self) -> bool:
+        """Whether created_at is there, never null, and an index begins with it."""
+        created = self.created_at
+        return created is not None and created.not_null and created.leads_an_index
+
+    @property
+    def newest_by_key(self) -> bool:
+        """Whether "newest first" goes by id: no created_at, or an integer id alone has an index."""
+        is_integer = self.key is not None and self.key.type in ("bigint", "integer")
+        return self.created_at is None or (is_integer and not self.created_at_is_indexed)
+
+    def parse_event_id(self, text: str) -> EventId:
+        """The id as the key's type. Raises ValueError if it isn't of that type."""
         kinds: dict[str, type[EventId]] = {"bigint": int, "integer": int, "uuid": UUID}
         kind = kinds.get(self.key.type, str) if self.key else str
         return kind(text)
@@ -273,7 +281,7 @@ class Facts:
 
 
 def read_facts(conn: Connection) -> Facts:
-    """Read all facts. Raises ConnectionLost."""
+    """Read all facts. Raises ConnectionLost and SchemaError."""
     with translated():
         with conn.cursor(row_factory=class_row(Column)) as cursor:
             columns = tuple(cursor.execute(_COLUMNS).fetchall())

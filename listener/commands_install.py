@@ -37,16 +37,18 @@ def install_command(columns: str | None, dry_run: bool) -> None:
             click.echo(plan.script, nl=False)
             _tell_steps(plan)
             return
-        if plan.steps:
-            require_reports_dir(settings)
-            install.apply_plan(conn, plan, say)
-        after = install.verify(conn)
-        _tell_install(settings, before, plan, after)
+        if not plan.steps:
+            install.verify(conn)
+            _tell_steps(plan)
+            return
+        require_reports_dir(settings)
+        install.apply_plan(conn, plan, say)
+        _tell_install(settings, before, plan, install.verify(conn))
 
 
 def _tell_steps(plan: install.Plan) -> None:
     for step in plan.steps:
-        say(f"{step.file}: {step.reason or step.text}")
+        say(step.line)
     for note in plan.notes:
         say(f"note: {note}")
     if not plan.steps:
@@ -54,17 +56,14 @@ def _tell_steps(plan: install.Plan) -> None:
 
 
 def _tell_install(settings: Settings, before: Facts, plan: install.Plan, after: Facts) -> None:
-    if not plan.steps:
-        _tell_steps(plan)
-        return
     report = Report(
         "install",
         facts_lines(before),
-        [f"{step.file}: {step.reason or step.text}" for step in plan.steps] + list(plan.notes),
+        [step.line for step in plan.steps] + list(plan.notes),
         facts_lines(after),
         "`listener uninstall`, with `--drop-embeddings` if the vectors shall go too.",
     )
-    # First: who hears us may go away.
+    # Before any message: a closed stderr must not cost it.
     path = write_report(settings, report)
     _tell_steps(plan)
     if before.input_source and before.input_source != after.input_source:
@@ -89,7 +88,7 @@ def uninstall_command(drop_embeddings: bool) -> None:
     report = Report(
         "uninstall",
         facts_lines(before),
-        [f"{step.file}: {step.reason}" for step in plan.steps],
+        [step.line for step in plan.steps],
         facts_lines(after),
         "`listener install`, then `listener backfill --all`.",
     )

@@ -26,7 +26,7 @@ from listener.console import (
     say,
 )
 from listener.database import connect
-from listener.errors import ConfigError, ListenerError
+from listener.errors import ConfigError
 from listener.logs import configure_logs, redact
 from listener.report import report_path, require_reports_dir, write_page
 from listener.search import EventState, Hit, describe, nearest, readable
@@ -167,10 +167,7 @@ def search_command(text: str, limit: int) -> None:
     """The events nearest in meaning to a text."""
     settings = load_settings()
     with connect(settings, "listener-search") as conn, closing(load_encoder(settings)) as encoder:
-        vector = encoder.encode([text]).results[0]
-        if isinstance(vector, ListenerError):
-            raise vector
-        hits = nearest(conn, vector, encoder.fingerprint, limit)
+        hits = nearest(conn, encoder.encode_one(text), encoder.fingerprint, limit)
     if not hits:
         raise ConfigError(f"no event is embedded with {encoder.fingerprint} yet")
     _print_hits(hits)

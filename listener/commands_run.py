@@ -232,7 +232,7 @@ def _event_ids(facts: Facts, texts: Sequence[str]) -> dict[EventId, str]:
     event_ids = {}
     for text in texts:
         try:
-            event_ids[facts.event_id(text)] = text
+            event_ids[facts.parse_event_id(text)] = text
         except ValueError:
             raise ConfigError(f"{text!r} is not of the type of iot_events.id") from None
     return event_ids

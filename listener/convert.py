@@ -120,7 +120,7 @@ def _pooling(directory: Path) -> str:
 
 
 def _is_exact(original: SentenceTransformersEmbedder, files: ModelFiles, directory: Path) -> bool:
-    """Whether a model converted before still does; no answer counts as no."""
+    """Whether the one in `directory` gives torch's vectors; one that can't be loaded doesn't."""
     try:
         return _least_cosine(original, files, directory) >= engine_openvino.EXACT
     except ConfigError:
@@ -213,8 +213,8 @@ def _least_cosine(
     together = [
         cosine for one in passes for cosine in (original.encode(one) * converted.encode(one)).sum(1)
     ]
-    alone = [float(original.encode([t])[0] @ converted.encode([t])[0]) for t in texts[:8]]
-    return min(float(np.min(together)), *alone)
+    singly = [float(original.encode([t])[0] @ converted.encode([t])[0]) for t in texts[:8]]
+    return min(float(np.min(together)), *singly)
 
 
 def _samples() -> Sequence[str]:

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import logging
-import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import psycopg
-from numpy.typing import NDArray
-from pgvector.psycopg.vector import register_vector_info
 from psycopg import errors
-from psycopg.abc import RV, Buffer, PQGen
-from psycopg.adapt import Dumper
-from psycopg.pq import Format
-from psycopg.types import TypeInfo
+from psycopg.abc import RV, PQGen
 from psycopg.types.string import StrDumper
 from tenacity import (
     RetryCallState,
@@ -38,6 +30,7 @@ from listener.errors import (
 )
 from listener.logs import log, redact
 from listener.stop import Stop
+from listener.vectors import register_vector
 
 # The server gives a statement of the service up after 8 s and says so; silence for longer is a
 # dead link, which keepalives alone don't find where a proxy or a stopped server answers them.
@@ -46,7 +39,7 @@ _ANSWER_SECONDS = 10.0
 # SQLSTATEs, or classes of them, of which no single row is the cause: the connection, the
 # transaction, the statement itself, the server's state and resources, other servers. All the rest
 # one row can bring about, by what is in it or by an embedding_input of the operator's own, whose
-# codes are free.
+# codes are free. Of 0A, 3F and 42 `blame` finds out whether it was one.
 _NOT_OF_A_ROW = {
     *("08", "0A", "25", "26", "28", "34", "3D", "3F", "40", "42"),
     *("53", "55006", "55P02", "55P03", "55P04", "57", "58", "72", "F0", "HV"),
@@ -122,48 +115,6 @@ def connect(settings: Settings, name: str, *, as_service: bool = False) -> Conne
     return conn
 
 
-@dataclass(frozen=True)
-class Vectors:
-    """Many vectors as one parameter of type vector[]; shape (n, dimension), n at least 1."""
-
-    rows: NDArray[np.float32]
-
-
-class _VectorsDumper(Dumper):
-    # One call for all: a list of arrays is converted one by one, which takes longer than the model
-    # of the queue's benchmark. Format: array_recv and vector_recv.
-    format = Format.BINARY
-    element_oid = 0
-
-    def dump(self, obj: Vectors) -> Buffer:
-        count, dimension = obj.rows.shape
-        layout = np.dtype(
-            [
-                ("size", ">i4"),
-                ("dimension", ">i2"),
-                ("unused", ">i2"),
-                ("numbers", ">f4", dimension),
-            ]
-        )
-        elements = np.zeros(count, layout)
-        elements["size"] = layout.itemsize - 4
-        elements["dimension"] = dimension
-        elements["numbers"] = obj.rows
-        dimensions, has_null, first = 1, 0, 1
-        head = struct.pack("!5i", dimensions, has_null, self.element_oid, count, first)
-        return head + elements.tobytes()
-
-
-def register_vector(conn: Connection) -> None:
-    """Teach the connection the vector type, in whichever schema pgvector lives."""
-    found = conn.execute(queries.VECTOR_TYPE).fetchone()
-    if found is not None:
-        info = TypeInfo(*found)
-        register_vector_info(conn, info)
-        oids = {"oid": info.array_oid, "element_oid": info.oid}
-        conn.adapters.register_dumper(Vectors, type("VectorsDumper", (_VectorsDumper,), oids))
-
-
 def read_clock(conn: Connection) -> float:
     """The database's time, in seconds of the epoch."""
     with translated():
@@ -201,13 +152,13 @@ def translated() -> Iterator[None]:
             "the server is read-only: a standby or a failed-over primary"
         ) from error
     except (errors.TransactionTimeout, errors.IdleInTransactionSessionTimeout) as error:
-        raise ConnectionLost(describe(error)) from error
+        raise ConnectionLost(cause_of(error)) from error
     except errors.QueryCanceled as error:
-        raise StatementTimeout(describe(error)) from error
+        raise StatementTimeout(cause_of(error)) from error
     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
         if is_of_a_row(error):
             raise
-        raise ConnectionLost(describe(error)) from error
+        raise ConnectionLost(cause_of(error)) from error
 
 
 def is_of_a_row(error: psycopg.Error) -> bool:
@@ -216,7 +167,7 @@ def is_of_a_row(error: psycopg.Error) -> bool:
     return state is not None and not {state, state[:2]} & _NOT_OF_A_ROW
 
 
-def describe(error: Exception) -> str:
+def cause_of(error: Exception) -> str:
     """The name and first line of an error of the driver; of one of ours, what it says."""
     if not isinstance(error, psycopg.Error):
         return str(error)

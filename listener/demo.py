@@ -179,9 +179,6 @@ def _wait_for_vector(conn: Connection, event_id: int, stop: Stop) -> bool:
 def _search(conn: Connection, encoder: Encoder, console: Console) -> None:
     question = random.choice(_QUESTIONS)
     console.print(f"\n  search [italic]“{question}”[/]", highlight=False)
-    vector = encoder.encode([question]).results[0]
-    if isinstance(vector, Exception):
-        raise vector
-    for hit in nearest(conn, vector, encoder.fingerprint, limit=3):
+    for hit in nearest(conn, encoder.encode_one(question), encoder.fingerprint, limit=3):
         console.print(f"  {hit.similarity:.3f}  {hit.line}", highlight=False)
     console.print()

@@ -26,7 +26,7 @@ class Embedder(Protocol):
     fingerprint: str
     max_tokens: int | None
     # What one more pass costs, as if it were tokens.
-    pass_tokens: int
+    overhead_tokens: int
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Shape (len(texts), 384), rows of unit length, in the order of the texts.
@@ -49,7 +49,8 @@ class Embedder(Protocol):
 def load_embedder(settings: Settings) -> Embedder:
     """The model of the settings on the engine that `choose_engine` names.
 
-    Raises ConfigError if the model is missing, damaged, of another size or not converted.
+    Raises ConfigError if the model is missing, damaged, of another size or not converted,
+    EncoderLost if a GPU fails.
     """
     files = locate(settings)
     engine = choose_engine(settings, files)
@@ -64,7 +65,7 @@ def load_embedder(settings: Settings) -> Embedder:
 
 
 def choose_engine(settings: Settings, files: ModelFiles) -> str:
-    """torch, openvino or static; imports none of them. The vectors are the same.
+    """torch, openvino or static; imports none of them. At one precision all give the same vectors.
 
     Raises ConfigError if the settings ask for what no engine does.
     """

@@ -84,7 +84,7 @@ class Encoder:
                 [index for one in together for index in by_text[unknown[one]]],
                 lengths[together[0]] * len(together),
             )
-            for together in plan_passes(lengths, most_tokens, self._embedder.pass_tokens)
+            for together in plan_passes(lengths, most_tokens, self._embedder.overhead_tokens)
         ]
         passes[0].indices.extend(known)
         return passes
@@ -119,6 +119,13 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Each distinct text that isn't remembered, once. Raises ModelFault and EncoderLost."""
         return self.submit(texts).result()
+
+    def encode_one(self, text: str) -> Vector:
+        """One unit vector, shape (384,). Raises EmbeddingError, ModelFault and EncoderLost."""
+        result = self.encode([text]).results[0]
+        if isinstance(result, EmbeddingError):
+            raise result
+        return result
 
     def close(self) -> None:
         """Wait for the pass in hand and end the thread."""

@@ -79,7 +79,7 @@ class OpenVinoEmbedder:
     """OpenVINO on the CPU; pooling and unit length are part of the graph."""
 
     engine = "openvino"
-    pass_tokens = passes.ON_CPU
+    overhead_tokens = passes.OVERHEAD_ON_CPU
 
     @classmethod
     def of_cache(cls, files: ModelFiles, settings: Settings) -> OpenVinoEmbedder:

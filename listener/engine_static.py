@@ -14,10 +14,10 @@ from listener.counters import counters
 from listener.model import ModelFiles, cannot_be_loaded, require_dimension
 
 _TABLE = "embedding.weight"
-# Lengths are told in steps of so many characters, each four a token.
-_ROUGHLY = 256
-# Texts summed at a time: the rows of the table for more would leave the processor's cache.
-_SOME = 48
+# Lengths are told in steps of so many characters.
+_STEP_CHARACTERS, _CHARACTERS_PER_TOKEN = 256, 4
+# The rows of the table for more would leave the processor's cache.
+_TEXTS_AT_A_TIME = 48
 
 
 def fits(files: ModelFiles) -> bool:
@@ -41,7 +41,7 @@ class StaticEmbedder:
     """The mean of the vectors of a text's tokens, brought to unit length; float32."""
 
     engine = "static"
-    pass_tokens = passes.ON_CPU
+    overhead_tokens = passes.OVERHEAD_ON_CPU
 
     def __init__(self, files: ModelFiles) -> None:
         """Load the table. Raises ConfigError if it is damaged or gives no 384 numbers."""
@@ -56,8 +56,8 @@ class StaticEmbedder:
         self._tokenizer.no_padding()
         require_dimension(files, self._table.shape[1])
         self.fingerprint = files.fingerprint
-        self._cut = self._tokenizer.truncation
-        self.max_tokens: int | None = self._cut["max_length"] if self._cut else None
+        cut = self._tokenizer.truncation
+        self.max_tokens: int | None = cut["max_length"] if cut else None
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Shape (len(texts), 384), in the order of the texts, rows of unit length.
@@ -69,7 +69,10 @@ class StaticEmbedder:
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         ids = [np.array(one.ids, np.int64) for one in found]
         sums = np.concatenate(
-            [self._sums(ids[start : start + _SOME]) for start in range(0, len(ids), _SOME)]
+            [
+                self._sums(ids[start : start + _TEXTS_AT_A_TIME])
+                for start in range(0, len(ids), _TEXTS_AT_A_TIME)
+            ]
         )
         counters.texts_truncated += sum(bool(one.overflowing) for one in found)
         norms = np.linalg.norm(sums, axis=1, keepdims=True)
@@ -99,15 +102,15 @@ class StaticEmbedder:
         return [self._length(text) for text in texts]
 
     def _length(self, text: str) -> int:
-        roughly = (len(text) // _ROUGHLY + 1) * _ROUGHLY // 4
+        steps = len(text) // _STEP_CHARACTERS + 1
+        roughly = steps * _STEP_CHARACTERS // _CHARACTERS_PER_TOKEN
         if self.max_tokens is None or roughly < self.max_tokens:
             return roughly
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def count_tokens(self, text: str) -> int:
         """How many tokens the whole text has."""
-        self._tokenizer.no_truncation()
-        count = len(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        if self._cut:
-            self._tokenizer.enable_truncation(**self._cut)
-        return count
+        # Another thread may ask the one that cuts for lengths: it must not change.
+        uncut = Tokenizer.from_str(self._tokenizer.to_str())
+        uncut.no_truncation()
+        return len(uncut.encode(text, add_special_tokens=False).ids)

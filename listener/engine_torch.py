@@ -40,7 +40,7 @@ class SentenceTransformersEmbedder:
         self._threads = torch.get_num_threads()
         on_gpu = torch.cuda.is_available()
         self.engine = f"torch on {torch.cuda.get_device_name()}" if on_gpu else "torch"
-        self.pass_tokens = passes.ON_GPU if on_gpu else passes.ON_CPU
+        self.overhead_tokens = passes.OVERHEAD_ON_GPU if on_gpu else passes.OVERHEAD_ON_CPU
         if pickled := files.pickled():
             raise ConfigError(
                 f"{pickled} is a pickle, which may run code and is not read; save the model with "
@@ -59,7 +59,7 @@ class SentenceTransformersEmbedder:
             self.model.float().eval()
             # Takes memory of the GPU too, and may be the first that it computes.
             dimension = self._compute(["a"]).shape[1]
-            # None computes on the CPU where a GPU does.
+            # With the model on a GPU there are no threads to place.
             self._helpers = None if on_gpu else HelperThreads(lambda: self._compute([_USUAL]))
         except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
             raise _gpu_failed(error) from error
@@ -80,7 +80,8 @@ class SentenceTransformersEmbedder:
         if not texts:
             return np.zeros((0, DIMENSION), np.float32)
         if self._helpers:
-            # On a core that is busy with something else one would hold up a text for half a second.
+            # On a core that is busy with something else a helper would hold up a text for half a
+            # second.
             alone = is_short_alone(texts) and not self._helpers.have_idle_cores()
             torch.set_num_threads(1 if alone else self._threads)
             if not alone:

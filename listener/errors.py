@@ -4,8 +4,8 @@ ListenerError            one clear line on stderr
 ├── ConfigError       exit 2: a setting or the model; a human must act
 ├── SchemaError       exit 3: something that `listener install` or the owner provides is missing
 ├── ConnectionLost    back off, connect again, LISTEN, drain
-│   ├── StatementTimeout  where a smaller statement may do: that, else the same
-│   └── LostOverEvents    the same; if it is so again and again, what was in hand is to blame
+│   ├── StatementTimeout  try less at a time where that can help, else the same
+│   └── LostOverEvents    the same; several in a row make suspects of what was in hand
 ├── EmbeddingError    one event's fault: try it again later, in the end park it
 ├── ModelFault        the model's fault: nothing is parked, leases are given back, wait
 └── EncoderLost       exit 1: a hung model, a failed GPU; the process ends, to be started again
@@ -55,7 +55,7 @@ class EmbeddingError(ListenerError):
 
 
 class ModelFault(ListenerError):
-    """The model can't embed even a known text, so no event is to blame."""
+    """The model fails on a known text too, or gives no such vectors; no event is to blame."""
 
 
 class EncoderLost(ListenerError):

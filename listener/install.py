@@ -25,8 +25,9 @@ _TRIGGERS_FILE = "007_triggers.sql"
 _WORKER_FILE = "009_worker.sql"
 # Of an install, printed with it. In a block of plpgsql, so that it also works where a tool for
 # migrations opens its transaction by other means than `begin`.
-_OPENING = """-- Who waits for a lock holds up all who come after, so this gives up soon;
--- but for iot_events before a deadlock is looked for, which a live worker could lose.
+_OPENING = """-- Whoever waits for a lock holds up all who come after, so this gives up soon: on
+-- all but iot_events before the server looks for deadlocks (deadlock_timeout, 1 s) and might end a
+-- live worker's statement.
 do $$
 begin
 %s  set local lock_timeout = '0.5s';
@@ -81,8 +82,6 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
         rows = conn.execute(_APPLIED).fetchall() if facts.installed else []
     applied = {file: digest for file, digest, _ in rows}
     earlier = next((kept for file, _, kept in rows if file == _INPUT_FILE), None)
-    notes: list[str] = []
-
     has_input = facts.input_source is not None
     if columns is None and earlier and has_input and is_replaced(facts, earlier):
         # The text is no matter of columns any more; some of these may be gone.
@@ -104,18 +103,13 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
         # Whoever took that away may have altered more; and later files grant rights on what earlier
         # ones make.
         applied = {}
-    if facts.installed and not has_input:
-        notes.append(
-            "listener.embedding_input is made anew, because it was dropped or public.iot_events is "
-            "another table than before; one of your own has to be made again; then run "
-            "`listener backfill --all`"
-        )
     for file, text in texts.items():
         step = Step(file, text, chosen if file == _INPUT_FILE else None)
-        if _is_needed(step, facts, applied, columns is not None, notes):
+        if _is_needed(step, facts, applied, columns is not None):
             steps.append(step)
     locks = any(step.file in _LOCKING_FILES for step in steps)
     opening = _OPENING % (_LOCK_EVENTS if locks else "")
+    notes = _input_notes(facts, chosen, columns is not None) + _role_notes(facts)
     return Plan(tuple(steps), tuple(notes + _order_notes(facts)), opening)
 
 
@@ -148,41 +142,52 @@ def _may_grant(facts: Facts) -> bool:
     return facts.worker_role_exists or facts.may_create_role
 
 
-def _is_needed(
-    step: Step, facts: Facts, applied: dict[str, str], columns_given: bool, notes: list[str]
-) -> bool:
+def _is_needed(step: Step, facts: Facts, applied: dict[str, str], columns_given: bool) -> bool:
     changed = applied.get(step.file) != step.digest
     if step.file == _OWNER_FILE:
-        if not _may_own(facts):
-            notes.append(
-                f"role {facts.role} can't create role listener_owner or is no member of it: the "
-                "trigger functions stay its own"
-            )
-            return False
-        return changed
+        return changed and _may_own(facts)
     if step.file == _WORKER_FILE:
-        if not _may_grant(facts):
-            notes.append(
-                f"role {facts.role} can't create role listener_worker: the service runs as "
-                f"{facts.role}, or have that role created and install again"
-            )
-            return False
-        return changed
+        return changed and _may_grant(facts)
     if step.file == _TRIGGERS_FILE:
         return not facts.triggers_right
     if step.file == _INPUT_FILE and facts.input_source is not None:
-        replaced = is_replaced(facts, step.columns or ())
-        if replaced and not columns_given:
-            notes.append("listener.embedding_input was replaced by you; it is left as it is")
-        return columns_given if replaced else changed
+        return columns_given if is_replaced(facts, step.columns or ()) else changed
     return changed
 
 
+def _input_notes(facts: Facts, columns: Sequence[str], columns_given: bool) -> list[str]:
+    if facts.input_source is None:
+        if not facts.installed:
+            return []
+        return [
+            "listener.embedding_input is made anew, because it was dropped or public.iot_events is "
+            "another table than before; one of your own has to be made again; then run "
+            "`listener backfill --all`"
+        ]
+    if is_replaced(facts, columns) and not columns_given:
+        return ["listener.embedding_input was replaced by you; it is left as it is"]
+    return []
+
+
+def _role_notes(facts: Facts) -> list[str]:
+    notes = []
+    if not _may_own(facts):
+        notes.append(
+            f"role {facts.role} can't create role listener_owner or is no member of it: the "
+            "trigger functions stay its own"
+        )
+    if not _may_grant(facts):
+        notes.append(
+            f"role {facts.role} can't create role listener_worker: the service runs as "
+            f"{facts.role}, or have that role created and install again"
+        )
+    return notes
+
+
 def _order_notes(facts: Facts) -> list[str]:
-    created = facts.created_at
-    if created is None or (created.leads_an_index and created.not_null):
+    if facts.created_at is None or facts.created_at_is_indexed:
         return []
-    if facts.key is not None and facts.key.type in ("bigint", "integer"):
+    if facts.newest_by_key:
         return [
             "iot_events.created_at is nullable or has no index, so 'the last N events' goes by id"
         ]

@@ -27,7 +27,7 @@ from psycopg.rows import dict_row
 from listener import queries
 from listener.config import Settings
 from listener.counters import Histogram, counters
-from listener.database import connect, describe, translated
+from listener.database import cause_of, connect, translated
 from listener.errors import ListenerError
 from listener.health import health
 from listener.logs import log
@@ -186,7 +186,7 @@ class _Reading:
             self._row = self._read()
         except (ListenerError, psycopg.Error) as error:
             self._row = None
-            log(logging.WARNING, "metrics_incomplete", cause=describe(error))
+            log(logging.WARNING, "metrics_incomplete", cause=cause_of(error))
         self._next = time.monotonic() + self._seconds
 
 

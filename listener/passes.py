@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 # What one more pass costs, as if it were tokens. On a CPU the weights go through the caches once
 # more; a GPU waits for hundreds of calls of Python, and computes thousands of tokens in that time.
-ON_CPU, ON_GPU = 40, 1000
+OVERHEAD_ON_CPU, OVERHEAD_ON_GPU = 40, 1000
 
 
-def plan_passes(lengths: Sequence[int], most: int, one_pass: int = ON_CPU) -> list[list[int]]:
+def plan_passes(
+    lengths: Sequence[int], most: int, overhead: int = OVERHEAD_ON_CPU
+) -> list[list[int]]:
     """Indices of `lengths`, the tokens of each text, by pass; the longest texts first.
 
     In a pass each text is padded to the longest. So padded it has at most `most` tokens, unless it
-    is one text alone. `one_pass` is what one more pass costs, in tokens.
+    is one text alone. `overhead` is what one more pass costs, in tokens.
     """
     of_length: dict[int, list[int]] = defaultdict(list)
     for index, length in enumerate(lengths):
@@ -22,7 +24,7 @@ def plan_passes(lengths: Sequence[int], most: int, one_pass: int = ON_CPU) -> li
     longest_first = sorted(of_length, reverse=True)
     passes = []
     for first, end in _cheapest_cuts(
-        longest_first, [len(of_length[n]) for n in longest_first], most, one_pass
+        longest_first, [len(of_length[n]) for n in longest_first], most, overhead
     ):
         together = [index for length in longest_first[first:end] for index in of_length[length]]
         size = _most_texts(longest_first[first], most)
@@ -31,7 +33,7 @@ def plan_passes(lengths: Sequence[int], most: int, one_pass: int = ON_CPU) -> li
 
 
 def _cheapest_cuts(
-    lengths: Sequence[int], counts: Sequence[int], most: int, one_pass: int
+    lengths: Sequence[int], counts: Sequence[int], most: int, overhead: int
 ) -> list[tuple[int, int]]:
     """Runs of `lengths`, descending, each padded to its first, so that all cost least together."""
     # The cost of all lengths before the index, and where the last run of them begins.
@@ -41,7 +43,7 @@ def _cheapest_cuts(
         for first in range(end - 1, -1, -1):
             texts += counts[first]
             passes = -(-texts // _most_texts(lengths[first], most))
-            run = texts * lengths[first] + passes * one_pass
+            run = texts * lengths[first] + passes * overhead
             choices.append((cost[first] + run, first))
         cheapest, first = min(choices)
         cost.append(cheapest)

@@ -36,7 +36,10 @@ _LOOK_UP_SECONDS = 0.1
 
 @dataclass(eq=False)
 class Batch:
-    """Events of a claim on their way through the model, in one pass; `is_last` of the claim's."""
+    """Events of a claim on their way through the model, in one pass; `is_last` of the claim's.
+
+    `encoding` is pending until the model has it, so that what waits can be cancelled as well.
+    """
 
     claim: Claim
     events: list[Event]
@@ -72,7 +75,7 @@ class Pipeline:
         self._encoder = encoder
         self._stop = stop
         self._claim_events = min(_FIRST_CLAIM, settings.batch_events)
-        self._pass_tokens = min(_SMALLEST_PASS, settings.batch_tokens)
+        self._most_tokens = min(_SMALLEST_PASS, settings.batch_tokens)
         # Claimed, and not yet given to the model: what is new goes before it.
         self._waiting: deque[Batch] = deque()
         # With the model, in order.
@@ -88,8 +91,8 @@ class Pipeline:
     def drain(self, on_more: Callable[[bool], None], on_batch: Callable[[], object]) -> int:
         """Claim, encode and write until nothing more is due. Returns how many were claimed.
 
-        `on_more` is called at each claim, but for a first one of one event alone, and told whether
-        it is the first and full; `on_batch` after each batch.
+        `on_more` is called at each claim except a first one of a single event; its argument is
+        whether the claim is the first and full. `on_batch` is called after each batch.
         Raises ModelFault, with every claim given back, if the model can't run; or EncoderLost.
         """
         claimed, self._more = 0, True
@@ -149,7 +152,7 @@ class Pipeline:
         """At least one batch."""
         self._in_hand[claim.lease] = claim.event_ids
         events = self._queue.read(claim)
-        passes = self._encoder.plan([event.text for event in events], self._pass_tokens)
+        passes = self._encoder.plan([event.text for event in events], self._most_tokens)
         return [
             Batch(claim, [events[i] for i in one.indices], one.tokens, is_last=one is passes[-1])
             for one in passes
@@ -266,5 +269,5 @@ class Pipeline:
         wanted = min(int(events * per_second * _CLAIM_SECONDS), self._claim_events * 2)
         self._claim_events = min(max(wanted, _SMALLEST_CLAIM), self._settings.batch_events)
         if tokens:
-            wanted = min(int(tokens * per_second * _BATCH_SECONDS), self._pass_tokens * 2)
-            self._pass_tokens = min(max(wanted, _SMALLEST_PASS), self._settings.batch_tokens)
+            wanted = min(int(tokens * per_second * _BATCH_SECONDS), self._most_tokens * 2)
+            self._most_tokens = min(max(wanted, _SMALLEST_PASS), self._settings.batch_tokens)

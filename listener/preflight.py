@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from listener.catalogue import KEY_TYPES, OLDEST_SERVER, Facts
+from listener.catalogue import Facts
 from listener.config import DIMENSION
 from listener.errors import SchemaError
 
+_KEY_TYPES = ("bigint", "integer", "uuid", "text")
+_OLDEST_SERVER = 15
 _EMBEDDINGS_COLUMNS = ("event_id", "embedding", "model", "content_hash", "embedded_at")
 
 
@@ -18,9 +20,9 @@ def require_installable(facts: Facts) -> None:
 
 def server_problem(facts: Facts) -> str | None:
     """What makes this server unfit, if anything."""
-    if facts.server_version < OLDEST_SERVER:
-        version = facts.server_version // 10000
-        return f"the server is PostgreSQL {version}; 15 is the oldest that works"
+    version = facts.server_version // 10000
+    if version < _OLDEST_SERVER:
+        return f"the server is PostgreSQL {version}; {_OLDEST_SERVER} is the oldest that works"
     if facts.encoding != "UTF8":
         return f"database {facts.database} is encoded in {facts.encoding}; UTF8 is needed"
     if facts.read_only:
@@ -47,9 +49,9 @@ def events_problem(facts: Facts) -> str | None:
             "what is written to the one is missed by triggers and foreign key of the other; give "
             "the name to a table that stands alone, or to a partitioned one as a whole"
         )
-    if facts.key is None or facts.key.type not in KEY_TYPES:
+    if facts.key is None or facts.key.type not in _KEY_TYPES:
         found = "missing" if facts.key is None else facts.key.type
-        return f"iot_events.id is {found}; it must be one of {', '.join(KEY_TYPES)}"
+        return f"iot_events.id is {found}; it must be one of {', '.join(_KEY_TYPES)}"
     if not facts.key_is_unique or not facts.key.not_null:
         return "iot_events.id has no primary key or unique constraint of its own; add one"
     if problem := embeddings_problem(facts):

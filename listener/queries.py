@@ -1,4 +1,4 @@
-"""Every statement that runs against an installed database; parameters only.
+"""The statements of the service and of the commands that read or queue; parameters only.
 
 All times are the database's clock. `event_id` comes and goes as the Python type of its key.
 """
@@ -138,7 +138,7 @@ COMPACT = "select listener.compact()"
 # was claimed and never answered is left to CLAIM: a text that kills, and changes before the next
 # worker is there, would else never be found. In the order of the key, so that two workers that take
 # changes of the same events can't deadlock.
-TAKE = """
+_TAKE = """
 with taken as (
   delete from listener.change c
   where c.ctid = any(array(
@@ -184,14 +184,15 @@ returning
   (select k.lease from token k) as lease,
   q.lease = (select k.lease from token k) as is_claimed,
   (select max(t.place)::text from taken t) as position,
-  (select count(*) from taken) as changes
+  (select count(*) from taken) as changes,
 """
+TAKE = _TAKE + "  null::text as input\n"
 
 # The same, and the text of what is new in the queue, which saves a round trip. If a newer one was
 # taken and done with since the statement began, the hash in WRITE refuses this one.
 TAKE_AND_READ = (
-    TAKE  # noqa: S608  two constants
-    + """,
+    _TAKE  # noqa: S608  two constants
+    + """\
   case when q.version = 1 then (
     select coalesce(e.input, '') from listener.event e where e.id = q.event_id
   ) end as input
@@ -360,8 +361,8 @@ join listener.event e on e.id = d.event_id
 where e.content_hash is distinct from d.content_hash
 """
 
-# A failed attempt: due again later, or parked after the last one.
-FAIL = """
+# In the order of the key, so that two workers can't deadlock.
+_HELD = """
 with held as materialized (
   select q.event_id
   from listener.queue q
@@ -369,6 +370,12 @@ with held as materialized (
   order by q.event_id
   for update skip locked
 )
+"""
+
+# A failed attempt: due again later, or parked after the last one.
+FAIL = (
+    _HELD
+    + """\
 update listener.queue q
 set
   lease = null,
@@ -387,17 +394,13 @@ returning
   q.due_at = 'infinity' as parked,
   extract(epoch from nullif(q.due_at, 'infinity') - now())::float8 as retry_in_seconds
 """
+)
 
 # Give a claim back as if it had not been made; due a while from now, or at its old place in line;
 # at once where a clock that was set back has put that place into the future.
-RELEASE = """
-with held as materialized (
-  select q.event_id
-  from listener.queue q
-  where q.event_id = any(%(event_ids)s) and q.lease = %(lease)s
-  order by q.event_id
-  for update skip locked
-)
+RELEASE = (
+    _HELD
+    + """\
 update listener.queue q
 set
   lease = null,
@@ -410,27 +413,24 @@ set
 from held h
 where q.event_id = h.event_id
 """
-
-EXTEND = """
-with held as materialized (
-  select q.event_id
-  from listener.queue q
-  where q.event_id = any(%(event_ids)s) and q.lease = %(lease)s
-  order by q.event_id
-  for update skip locked
 )
+
+EXTEND = (
+    _HELD
+    + """\
 update listener.queue q
 set due_at = now() + %(lease_seconds)s * interval '1 second'
 from held h
 where q.event_id = h.event_id
 """
+)
 
-# A function is not looked into before it is called.
+# What a function's body names is looked up only when it is called; this calls it for no event.
 TRY_INPUT = "select listener.embedding_input(null)"
 FORGET_PLANS = "discard plans"
 
-# Events that READ found deleted. Asked again with a fresh snapshot: one that came back with the
-# same id has a new version or is visible now, and stays.
+# Those that are deleted, as a fresh snapshot sees it: one that came back with the same id has a new
+# version or is visible now, and stays.
 DISCARD = """
 with held as materialized (
   select q.event_id
@@ -453,8 +453,7 @@ select s.scanned, s.queued, s.next_from
 from listener.sweep(%(model)s, %(start)s, %(events)s, %(since)s) s
 """
 
-# Parked events that were deleted; a full sweep also removes embeddings whose event is gone, which
-# can only be where triggers were off.
+# Parked events that were deleted.
 DISCARD_PARKED = """
 with held as materialized (
   select q.event_id
@@ -469,6 +468,7 @@ delete from listener.queue q
 using held h
 where q.event_id = h.event_id
 """
+# Embeddings whose event is gone, which can only be where triggers were off.
 DELETE_ORPHANS = """
 delete from listener.embedding m
 where not exists (select from listener.event e where e.id = m.event_id)
@@ -564,6 +564,7 @@ select
   count(*) >= %(limit)s as is_more
 from pending p
 """
+# Those that RETRY takes, so also one that has changed since.
 PARKED_COUNT = "select count(*) from listener.queue q where q.due_at = 'infinity'"
 
 # --- checks ------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from listener.blame import in_parts, require_input, works_without_events
 from listener.claim import Claim, Event, EventId, SweepPage, Vector
 from listener.config import Settings
 from listener.counters import counters
-from listener.database import Connection, Vectors, translated
+from listener.database import Connection, translated
 from listener.errors import ConnectionLost, LostOverEvents, SchemaError
 from listener.health import health
 from listener.logs import log
+from listener.vectors import Vectors
 
 # A claim in another session locks a row for a moment while passing it by, a writer until it
 # commits; the first is worth waiting for.
@@ -38,14 +39,14 @@ _NOBODYS_LEASE = 0
 
 
 class Queue:
-    """One worker's hold on the queue. Raises ConnectionLost and SchemaError throughout."""
+    """One worker's hold on the queue. Raises ConnectionLost, SchemaError; `sweep` psycopg.Error."""
 
     def __init__(
         self, conn: Connection, settings: Settings, worker: int | None, reads_apart: bool = False
     ) -> None:
         """`worker` None: without a session of its own (a pooler), known by its leases only.
 
-        With `reads_apart` a claim stands before its texts are read, until nothing is due.
+        With `reads_apart` a claim is on record before its texts are read, until nothing is due.
         """
         self._conn = conn
         self._reads_apart = reads_apart
@@ -60,8 +61,8 @@ class Queue:
 
     def claim(self, events: int) -> Claim | None:
         """Lease at most this many due events, or None: new changes, retries, backfill."""
-        # Where changes never cease, retries have a turn now and then, and in a flood every other
-        # while there are some.
+        # Changes that never cease would keep retries out: they go first after each look back, and
+        # after each full claim while there are some.
         if self._retries_are_next:
             due = self._claim_due(events, backfill_events=0)
             self._has_retries, self._retries_are_next = due is not None, False
@@ -103,7 +104,7 @@ class Queue:
     def _take(self, position: str, events: int) -> list[Any]:
         seconds, worker = self._settings.lease_seconds, self._worker
         given = {"position": position, "events": events, "lease_seconds": seconds, "worker": worker}
-        # In a transaction, as that of `listener check`, a failure could not be tried again.
+        # Within a transaction, as in `listener check`, a failure could not be tried again.
         if not self._reads_apart and self._conn.info.transaction_status == TransactionStatus.IDLE:
             try:
                 return self._execute_on_events(queries.TAKE_AND_READ, **given)
@@ -114,7 +115,7 @@ class Queue:
                     require_input(self._conn)
                 # It is embedding_input, and `read` will find out on which event; or somebody locks
                 # iot_events, which is no matter if nothing is new.
-        return [(*row, None) for row in self._execute(queries.TAKE, **given)]
+        return self._execute(queries.TAKE, **given)
 
     def _claim_due(self, events: int, backfill_events: int) -> Claim | None:
         rows = self._execute(
@@ -132,7 +133,7 @@ class Queue:
             if lease is None:
                 log(logging.ERROR, "event_parked", event_id=event_id, attempts=attempts)
         return Claim(
-            lease=next((lease for _, lease, *_ in rows if lease is not None), 0),
+            lease=next((lease for _, lease, *_ in rows if lease is not None), _NOBODYS_LEASE),
             event_ids=[event_id for event_id, lease, *_ in rows if lease is not None],
             retried=any(attempts > 1 for _, _, attempts, _ in rows),
             is_full=len(rows) >= events,
@@ -141,7 +142,7 @@ class Queue:
     def read(self, claim: Claim) -> list[Event]:
         """The texts of a claim, at the version they belong to.
 
-        Deleted events leave the queue here; one on which embedding_input fails does so alone.
+        Deleted events leave the queue here; one on which embedding_input fails is failed alone.
         """
 
         def read(event_ids: Sequence[EventId], lease: int) -> list[Any]:
@@ -185,17 +186,17 @@ class Queue:
             stored.update(self._in_parts(lease, left, write, fail))
             if len(stored) == len(events):
                 return stored
-            ours = self._still_ours(lease, [e for e, _ in left])
+            ours = self._settle_unstored(lease, [e for e, _ in left])
             left = [pair for pair in left if pair[0].event_id in ours - stored]
             if not left:
                 return stored
         self.release(lease, [event.event_id for event, _ in left], _LATER_SECONDS)
         return stored
 
-    def _still_ours(self, lease: int, events: Sequence[Event]) -> set[EventId]:
-        """Those whose lease holds, that weren't deleted and whose text is the same.
+    def _settle_unstored(self, lease: int, events: Sequence[Event]) -> set[EventId]:
+        """End the claim of those that are gone or read differently now. Returns who is left.
 
-        One with another text is given back to be read again; without a change of it, as failed.
+        One that has changed is given back to be read again; one that just reads differently fails.
         """
         event_ids = [event.event_id for event in events]
         self._execute(queries.DISCARD, event_ids=event_ids, lease=lease)
@@ -293,7 +294,7 @@ class Queue:
             raise LostOverEvents(str(error)) from error
 
     def _execute(self, statement: str, **parameters: Any) -> list[Any]:
-        health.progressed()
+        health.progressed()  # many statements, perhaps, until the event to blame is found
         with translated():
             cursor = self._conn.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else []

@@ -16,7 +16,7 @@ from listener import notify_systemd, queries
 from listener.claim import EventId
 from listener.config import Settings
 from listener.counters import counters
-from listener.database import Connection, connect, describe, reconnecting, translated
+from listener.database import Connection, cause_of, connect, reconnecting, translated
 from listener.encoding import Encoder
 from listener.errors import ConnectionLost, ListenerError, LostOverEvents, ModelFault, SchemaError
 from listener.health import health
@@ -43,7 +43,7 @@ _STATUS_SECONDS = 15.0
 
 @dataclass
 class _Kept:
-    """What outlives a connection; `losses` in a row of one within a statement about events."""
+    """What outlives a connection; `losses`: how many in a row within a statement about events."""
 
     sweep: Sweep
     in_hand: dict[int, list[EventId]] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Service:
             except (ConnectionLost, psycopg.Error) as error:
                 counters.reconnects += 1
                 self._suspect(error)
-                log(logging.WARNING, "connection_lost", cause=describe(error))
+                log(logging.WARNING, "connection_lost", cause=cause_of(error))
                 # A server that accepts connections and then fails must not be hammered.
                 was_brief = time.monotonic() - began < _BRIEF_SECONDS
                 doublings = min(doublings + 1, _MOST_DOUBLINGS) if was_brief else 0
@@ -201,7 +201,7 @@ class _Session:
         while not self._stop.is_set():
             self._after_step()
             seconds = self._wakeup.prepare_sleep()
-            # Only now, or a commit could fall between drain and sleep.
+            # After the gate is closed, or a commit could fall between drain and sleep.
             was_busy = self._drain() > 0
             if was_busy and time.monotonic() < self._next_turn:
                 continue

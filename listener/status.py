@@ -34,7 +34,9 @@ class Backlog:
 def read_status(conn: Connection, settings: Settings) -> dict[str, Any]:
     """The numbers of `status --json`, ready for json.dumps with default=str."""
     with translated(), conn.cursor(row_factory=dict_row) as cursor:
-        status = dict(cursor.execute(queries.STATUS).fetchone() or {})
+        row = cursor.execute(queries.STATUS).fetchone()
+        assert row is not None  # noqa: S101  the view has one row
+        status = dict(row)
         status["parked_events"] = cursor.execute(
             queries.PARKED, {"limit": _PARKED_SHOWN}
         ).fetchall()
@@ -98,7 +100,8 @@ def _scope(conn: Connection, settings: Settings) -> dict[str, Any]:
         return {"last_n": last, "model": None, "events": None, "current": None}
     with translated():
         row = conn.execute(queries.COVERAGE, {"model": model, "last": last}).fetchone()
-    events, current = row if row else (0, 0)
+    assert row is not None  # noqa: S101  the function gives one row
+    events, current = row
     return {"last_n": last, "model": model, "events": events, "current": current}
 
 

@@ -9,18 +9,18 @@ import psycopg
 from psycopg.errors import LockNotAvailable
 
 from listener.config import Settings
-from listener.database import Connection, describe
+from listener.database import Connection, cause_of
 from listener.errors import ConnectionLost, StatementTimeout
 from listener.logs import log
 from listener.queue import Queue
 from listener.upkeep import discard_parked
 
-# What is new waits for a page.
+# New events wait while a page is swept.
 _PAGE, _PAGE_SECONDS = 500, 0.25
 
 
 class Sweep:
-    """Where it stands. Outlives the connection, which is lost over one of its events perhaps."""
+    """Where the sweep stands. Outlives a connection, which one of its events may be what breaks."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -48,6 +48,7 @@ class Sweep:
             queued = self._queue_page(queue, model, events)
         except (ConnectionLost, psycopg.Error) as error:
             if isinstance(error.__cause__, LockNotAvailable):
+                # No event's fault: a smaller page would wait as long.
                 raise
             self._make_smaller(events, queue.has_session, error)
             if isinstance(error, ConnectionLost) and not isinstance(error, StatementTimeout):
@@ -61,7 +62,7 @@ class Sweep:
         is_last = events == 1 and (self._is_blind or not may_be_blind)
         if is_last:
             # To begin anew at once would fail again.
-            log(logging.WARNING, "sweep_given_up", left=self._left, cause=describe(error))
+            log(logging.WARNING, "sweep_given_up", left=self._left, cause=cause_of(error))
             self._schedule()
         self._is_blind = events == 1 and not is_last
 

@@ -48,6 +48,11 @@ class Step:
         return " ".join(lines)
 
     @property
+    def line(self) -> str:
+        """What an operator is told of it."""
+        return f"{self.file}: {self.reason or self.text}"
+
+    @property
     def script(self) -> str:
         """The text, and the note in listener.applied that it was run."""
         if not self.file.startswith("0"):
@@ -92,7 +97,7 @@ def placeholders(facts: Facts, columns: Sequence[str]) -> dict[str, str]:
 
 
 def _with_schema(key_type: str) -> str:
-    """The type with its schema, where its name isn't grammar, which nobody can take.
+    """The type with its schema; bigint and integer are keywords that nobody can shadow.
 
     With an empty search_path pg_temp is searched first, and a type that a caller has made there
     would have its checks run with the function's rights.
@@ -107,17 +112,16 @@ def _order(facts: Facts, key_type: str) -> dict[str, str]:
     integer key is in nearly the same order and has an index, so it is taken instead.
     """
     created = facts.created_at
-    indexed = created is not None and created.not_null and created.leads_an_index
     time = "coalesce(e.created_at, '-infinity')"
     since = f"{time} >= coalesce(p_since, '-infinity')" if created else "p_since is null"
-    if created is None or (not indexed and key_type in ("bigint", "integer")):
+    if created is None or facts.newest_by_key:
         return {
             "newest_first": "e.id desc",
             "position": "pg_catalog.jsonb_build_array(e.id)",
             "from_position": f"e.id <= (v_from ->> 0)::{key_type}",
             "in_time": since,
         }
-    if indexed:
+    if facts.created_at_is_indexed:
         time = "e.created_at"
         since = "e.created_at >= coalesce(p_since, '-infinity')"
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 from listener import queries
 from listener.claim import EventId
@@ -32,11 +31,10 @@ def delete_orphans(conn: Connection) -> int:
         return conn.execute(queries.DELETE_ORPHANS).rowcount
 
 
-def retry(conn: Connection, event_ids: Sequence[EventId] | None) -> list[EventId]:
+def retry(conn: Connection, event_ids: list[EventId] | None) -> list[EventId]:
     """Parked events, these or all, back to the queue with their attempts forgotten."""
     with translated():
-        given = {"event_ids": event_ids and list(event_ids)}
-        rows = conn.execute(queries.RETRY, given).fetchall()
+        rows = conn.execute(queries.RETRY, {"event_ids": event_ids}).fetchall()
         if rows:
             conn.execute(queries.NOTIFY, {"channel": "listener", "payload": ""})
     return [event_id for (event_id,) in rows]

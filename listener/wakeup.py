@@ -54,7 +54,8 @@ class Wakeup:
         """LISTEN as a follower, and prove with a NOTIFY from `work` that notifications arrive.
 
         Returns False on a transaction pooler, where neither LISTEN nor session locks hold; then
-        the worker polls. With the mode `never` it does so too, and tells a session by its number.
+        the worker polls. With the mode `never` it sends no NOTIFY and polls in any case; whether
+        there is a pooler is then told by the backends' numbers.
         """
         with translated():
             if self._mode == "never" and not self._is_direct(work):
@@ -134,7 +135,7 @@ class Wakeup:
     def _clear(self) -> bool:
         """Take what notifications are there, before the drain that answers them, never after."""
         with translated():
-            return any(list(self._conn.notifies(timeout=0)))
+            return bool(list(self._conn.notifies(timeout=0)))
 
     def call_help(self, work: Connection) -> None:
         """Wake the followers: there is more in the queue than one claim holds."""

@@ -61,8 +61,8 @@ class Worker:
 def beat(conn: Connection, worker: int | None) -> bool:
     """Release the events of workers whose session is gone, and get rid of many dead rows.
 
-    By any session of `worker`; None releases none. Returns whether an event is due again, of which
-    no NOTIFY tells.
+    `worker` is the caller's own number, on either of its connections; None, as behind a pooler,
+    releases nothing. Returns whether anything in the queue is due, of which no NOTIFY tells.
     """
     with translated():
         parameters = {"lock_class": LOCK_CLASS, "worker": worker}

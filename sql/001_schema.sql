@@ -35,11 +35,12 @@ create table if not exists listener.queue (
 
 comment on column listener.queue.lane is '0 live, 1 backfill; live events are claimed first';
 
--- The claim walks this index from the oldest due event of each lane.
+-- The claim walks this index from the oldest due event of each lane. A statement that wants both lanes
+-- says `lane in (0, 1)`, or the index would not serve it.
 create index if not exists queue_lane_due_at_idx on listener.queue (lane, due_at);
 
--- Else a publication for all tables would refuse every delete here. Only the log of such a database
--- is longer for it. After the index, because a claim locks the queue first as well.
+-- It has no key, so a publication for all tables would refuse every delete in it. Only the log of such
+-- a database is longer for it. After the index, because a claim locks the queue first as well.
 alter table listener.change replica identity full;
 
 -- Every event that waits to be embedded, and since when. One that is parked is not among them, unless

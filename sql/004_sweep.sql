@@ -1,4 +1,5 @@
--- What needs the key's type, the order of events or the vector's schema at hand.
+-- What the service and the commands read: events, their texts, the embeddings, pages of both in the
+-- order of "the newest"; and the sweep.
 
 -- sha256 of an event's text; null where embedding_input raises, so that one such event stops no
 -- sweep: it is queued, and parked by the worker with the reason.
@@ -31,11 +32,11 @@ begin
 end
 $$;
 
--- What the service sees of the two tables in public, with the rights of the role that installed: the
--- id and text of an event, and the vectors. So the worker has no right on the tables themselves, sees
--- no column that isn't embedded, and row-level security, which is about readers, hides no event from
--- it. An event that were hidden would pass for deleted. `e.*` is the row; a bare `e` would be a column
--- of that name, where there is one.
+-- What the service sees of the two tables in public, with the rights of the role that installed: an
+-- event's id, text and the text's hash, and the vectors. So the worker has no right on the tables
+-- themselves, sees no column that isn't embedded, and row-level security, which is about readers, hides
+-- no event from it. An event that were hidden would pass for deleted. `e.*` is the row; a bare `e` would
+-- be a column of that name, where there is one.
 create or replace view listener.event as
 select
   e.id,
@@ -43,7 +44,7 @@ select
   listener.content_hash(e.*) as content_hash
 from public.iot_events e;
 
--- Those for the rows of another table that had the name before.
+-- Functions of the row of a former iot_events, another table that had the name.
 do $$
 declare
   v_function regprocedure;
@@ -67,8 +68,8 @@ select m.event_id, m.embedding, m.model, m.content_hash, m.embedded_at
 from public.event_embeddings m;
 
 -- One page of events, newest first, from a position (null: the newest) on, and whether each has an
--- embedding of its current text by p_model. Only where that can be, its columns are read and its text
--- is asked for, which may take long or fail: not of a queued event, nor where p_model is null. The row
+-- embedding of its current text by p_model. The text, which may take long or fail, is computed only
+-- where the answer can be yes: for an event that has an embedding by p_model and is not queued. The row
 -- after the page gives the position of the next one. By anti-join on pages, never by "id > watermark":
 -- ids commit out of order.
 -- Security definer, because the order is that of columns which listener.event doesn't show.

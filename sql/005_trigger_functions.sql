@@ -31,7 +31,8 @@ $$;
 -- rows are recorded: the worker finds the culprit and parks it; the writer is never refused.
 --
 -- A full join, because the plan is made once a session, for as many rows as its first update has: made
--- for one row, a left join would compare each of a later 10,000 with each. The case keeps it full.
+-- for one row, a left join would compare each of a later 10,000 with each. Within a case, so that the
+-- planner can't make a left join of it.
 create or replace function listener.queue_updated()
 returns trigger
 language plpgsql

@@ -28,12 +28,13 @@ from listener.catalogue import read_facts
 from listener.claim import Claim, Event, EventId
 from listener.config import Settings
 from listener.counters import counters
-from listener.database import Connection, connect, register_vector
+from listener.database import Connection, connect
 from listener.encoding import Encoder
 from listener.queue import Queue
 from listener.service import Service
 from listener.stop import Stop
 from listener.template import sql_text
+from listener.vectors import register_vector
 
 DEADLINE_SECONDS = 20.0
 
@@ -92,7 +93,7 @@ class TinyEmbedder:
     engine: str = "tiny"
     fingerprint: str = "tests/tiny@1/fp32"
     max_tokens: int | None = 512
-    pass_tokens: int = passes.ON_CPU
+    overhead_tokens: int = passes.OVERHEAD_ON_CPU
     encoded: list[str] = field(default_factory=list)
     # Cleared, it holds every encode until it is set again.
     may_run: threading.Event = field(default_factory=threading.Event)

@@ -33,7 +33,7 @@ SETTINGS = {spec.name.upper(): spec for spec in fields(Settings)}
 # A module imports from lower lines only, never from its own.
 LAYERS = (
     {"__init__", "claim", "counters", "errors", "finding", "queries", "stop"},
-    {"alone", "config", "embedded", "helper_threads", "passes"},
+    {"alone", "config", "embedded", "helper_threads", "passes", "vectors"},
     {"logs", "model"},
     {"notify_systemd"},
     {"database", "health"},

@@ -18,10 +18,11 @@ import pytest
 from listener import install
 from listener.catalogue import read_facts
 from listener.config import Settings
-from listener.database import Connection, connect, register_vector
+from listener.database import Connection, connect
 from listener.errors import ConnectionLost, SchemaError
 from listener.preflight import require_installable
 from listener.template import Step, sql_text
+from listener.vectors import register_vector
 from tests.harness import Database, TinyEmbedder, environment, listener, serve_once, serving
 
 NewDatabase = Callable[..., AbstractContextManager[str]]

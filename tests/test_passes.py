@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from listener.encoding import Encoder
-from listener.passes import ON_CPU, ON_GPU, plan_passes
+from listener.passes import OVERHEAD_ON_CPU, OVERHEAD_ON_GPU, plan_passes
 from tests.harness import Database, TinyEmbedder, serving, wait_until
 
 MOST = 100
@@ -18,9 +18,9 @@ MOST = 100
 lengths_of_texts = st.lists(st.integers(0, 130), min_size=1, max_size=60)
 
 
-def cost(lengths: Sequence[int], passes: Sequence[Sequence[int]], one_pass: int) -> int:
+def cost(lengths: Sequence[int], passes: Sequence[Sequence[int]], overhead: int) -> int:
     return sum(
-        one_pass + len(one) * max(1, *(lengths[index] for index in one), 1) for one in passes
+        overhead + len(one) * max(1, *(lengths[index] for index in one), 1) for one in passes
     )
 
 
@@ -47,15 +47,15 @@ def test_every_text_is_in_one_pass_and_no_pass_is_too_long(lengths: list[int]) -
 
 @given(
     st.lists(st.sampled_from([2, 3, 20, 21, 22, 90, 120]), min_size=1, max_size=8),
-    st.sampled_from([ON_CPU, ON_GPU]),
+    st.sampled_from([OVERHEAD_ON_CPU, OVERHEAD_ON_GPU]),
 )
-def test_no_other_cut_of_distinct_lengths_costs_less(lengths: list[int], one_pass: int) -> None:
+def test_no_other_cut_of_distinct_lengths_costs_less(lengths: list[int], overhead: int) -> None:
     """Compared with every other, where each length is there once."""
     lengths = sorted(set(lengths))
 
-    found = cost(lengths, plan_passes(lengths, MOST, one_pass), one_pass)
+    found = cost(lengths, plan_passes(lengths, MOST, overhead), overhead)
 
-    assert found == min(cost(lengths, passes, one_pass) for passes in all_cuts(lengths))
+    assert found == min(cost(lengths, passes, overhead) for passes in all_cuts(lengths))
 
 
 def test_like_lengths_go_together_and_the_longest_first() -> None:
@@ -63,7 +63,7 @@ def test_like_lengths_go_together_and_the_longest_first() -> None:
     lengths = [10, 100, 10, 11, 100]
 
     assert plan_passes(lengths, 1000) == [[1, 4], [3, 0, 2]]
-    assert plan_passes(lengths, 1000, ON_GPU) == [[1, 4, 3, 0, 2]]
+    assert plan_passes(lengths, 1000, OVERHEAD_ON_GPU) == [[1, 4, 3, 0, 2]]
 
 
 @pytest.fixture
