@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -17,7 +17,7 @@ _PAGE = 2_000
 
 @dataclass(frozen=True)
 class Queued:
-    """What a backfill looked at and queued."""
+    """How many events a backfill has looked at and queued so far."""
 
     scanned: int
     queued: int
@@ -28,17 +28,15 @@ def queue_events(
     model: str,
     last: int | None,
     since: datetime | None,
-    progress: Callable[[int, int], None],
-    is_over: Callable[[], bool],
-) -> Queued:
-    """Sweep the newest `last` events (None: all), page by page, or until `is_over`.
+) -> Iterator[Queued]:
+    """Sweep the newest `last` events (None: all); the counts after each page.
 
-    Each page is a transaction of its own; one that takes too long is tried again by halves. Stopped
-    and run again, it finds what it queued already queued. `progress` gets the counts.
+    Each page is a transaction of its own; one that takes too long is tried again by halves. Left
+    off and run again, it finds what it queued already queued.
     """
     scanned = queued = 0
     most, start = _PAGE, None
-    while (last is None or scanned < last) and not is_over():
+    while last is None or scanned < last:
         events = most if last is None else min(most, last - scanned)
         try:
             page = queue.sweep(model, start, events, since)
@@ -46,15 +44,14 @@ def queue_events(
             if events == 1:
                 raise
             most = events // 2
-            continue
-        # It may have been a lock.
-        most = min(2 * events, _PAGE)
-        scanned, queued, start = scanned + page.scanned, queued + page.queued, page.next_from
-        progress(scanned, queued)
-        queue.notify()
-        if start is None:
-            break
-    return Queued(scanned, queued)
+        else:
+            # It may have been a lock.
+            most = min(2 * events, _PAGE)
+            scanned, queued, start = scanned + page.scanned, queued + page.queued, page.next_from
+            queue.notify()
+            if start is None:
+                last = scanned
+        yield Queued(scanned, queued)
 
 
 def follow(

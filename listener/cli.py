@@ -15,9 +15,8 @@ from listener.config import is_utf8
 from listener.console import say
 from listener.errors import ConfigError, ListenerError
 
-# For each session of ours, whatever shell, role or database say: all texts, and the only style of
-# dates that the driver reads.
-_SESSION = {"PGCLIENTENCODING": "UTF8", "PGDATESTYLE": "ISO"}
+# For each session of ours, whatever shell, role or database say; the driver reads no other.
+_DATES = {"PGDATESTYLE": "ISO"}
 # In a connection string that was given as an argument, which a usage error quotes.
 _PASSWORD = re.compile(r"(?<=://)([^/?@\s:]*:)\S+(?=@)|(password\s*=\s*)(?:'(?:[^'\\]|\\.)*'|\S+)")
 
@@ -50,7 +49,7 @@ def main() -> None:
     # Nothing here goes to the network for a model, but `model fetch`.
     if sys.argv[1:3] != ["model", "fetch"]:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.update(_SESSION)
+    os.environ.update(_DATES)
     # What a device wrote may not exist in the terminal's encoding.
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -13,7 +13,7 @@ from datetime import datetime
 import click
 
 from listener import install, notify_systemd
-from listener.backfill import follow, queue_events
+from listener.backfill import Queued, follow, queue_events
 from listener.catalogue import Facts, read_facts
 from listener.claim import EventId
 from listener.config import MOST_EVENTS, Settings, load_settings
@@ -42,6 +42,7 @@ _NICE = 10
 # The demo has a database, a model and a log level of its own; a backfill is told how much.
 _OF_THE_DEMO = {"database_url", "embedding_model", "embedding_revision", "log_level"}
 _DEMO = ("demo_dir", *(name for name in SERVICE if name not in _OF_THE_DEMO))
+_UNDO_BACKFILL = "Nothing to undo; embeddings of a text are the same however often it is embedded."
 _BACKFILL = (*(name for name in SERVICE if name != "backfill_last_n"), "reports_dir")
 
 
@@ -126,23 +127,34 @@ def backfill_command(
             raise SchemaError("--since needs a column created_at of a timestamp type on iot_events")
         if problem := other_model(read_workers(conn), model):
             raise ConfigError(problem)
-        queue = Queue(conn, settings, None)
         before = count_pending(conn)
-        stop = stop_on_signals()
-        queued = queue_events(queue, model, last, moment, _tell_queued, stop.is_set)
-        steps = [f"looked at {queued.scanned} events, queued {queued.queued}"]
-        if everything and not stop.is_set():
-            steps.append(_delete_orphans(conn))
-        end = _drain(conn, settings, stop, work=work)
-        left = count_pending(conn)
-    report = Report(
-        "backfill",
-        [f"pending: {before}"],
-        [*steps, end],
-        [f"pending: {left}"],
-        "Nothing to undo; embeddings of a text are the same however often it is embedded.",
-    )
-    say(f"{left} pending; report in {write_report(settings, report)}")
+        stop, steps, left = stop_on_signals(), list[str](), "?"
+        try:
+            _queue(queue_events(Queue(conn, settings, None), model, last, moment), stop, steps)
+            if everything and not stop.is_set():
+                steps.append(_delete_orphans(conn))
+            steps.append(_drain(conn, settings, stop, work=work))
+            left = str(count_pending(conn))
+        except Exception as error:
+            steps.append(f"ended by an error: {error}")
+            raise
+        finally:
+            # Also after an error: much may be queued.
+            after = [f"pending: {left}"]
+            report = Report("backfill", [f"pending: {before}"], steps, after, _UNDO_BACKFILL)
+            say(f"{left} pending; report in {write_report(settings, report)}")
+
+
+def _queue(pages: Iterator[Queued], stop: Stop, steps: list[str]) -> None:
+    """Page by page, until the end or a stop; the step tells how far it got, however it ends."""
+    done = Queued(0, 0)
+    try:
+        for done in pages:
+            say(f"looked at {done.scanned}, queued {done.queued}")
+            if stop.is_set():
+                return
+    finally:
+        steps.append(f"looked at {done.scanned} events, queued {done.queued}")
 
 
 def _delete_orphans(conn: Connection) -> str:
@@ -162,10 +174,6 @@ def _moment(since: datetime) -> datetime:
         raise click.BadParameter(
             f"{since} is beyond what can be told in this time zone", param_hint="--since"
         ) from None
-
-
-def _tell_queued(scanned: int, queued: int) -> None:
-    say(f"looked at {scanned}, queued {queued}")
 
 
 def _drain(conn: Connection, settings: Settings, stop: Stop, *, work: bool) -> str:

@@ -204,6 +204,10 @@ def _load(path: Path) -> None:
             f".env in the current directory can't be read (line {wrong[0]} is no NAME=value); most "
             "often a quote is not closed"
         )
+    # Or the file's would be passed by for an empty one, and another database taken.
+    for name in (spec.name.upper() for spec in fields(Settings)):
+        if not os.environ.get(name, " ").strip():
+            os.environ.pop(name, None)
     # As systemd reads it: a $ in a password is a $.
     load_dotenv(stream=StringIO(text), override=False, interpolate=False)
 

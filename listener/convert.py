@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 import warnings
@@ -30,6 +31,7 @@ _CONVERTIBLE = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normaliz
 # Kept with the model; at each start they are encoded again.
 _KNOWN_TEXTS = ("pump 7 reports a temperature of 71 degrees", "door left open")
 _MOST_TOKENS = 1024
+_UNFINISHED = ".converting-"
 _WORDS = (
     "pump VALVE leaking °C 71.5 door-left open Überdruck 温度 🚰 ok offline; temperature's rising"
 )
@@ -63,15 +65,23 @@ def convert(settings: Settings) -> Path:
     target = converted_directory(files, settings)
     # Or one conversion would take another's files away.
     with alone(target.parent, partial(_not_writable, target.parent), waits=True):
+        # One that was killed in its midst leaves its folder.
+        for left in target.parent.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
         if not _is_exact(original, files, target):
             _replace(target, original, files)
             # Fills the cache of compiled kernels, which knows the model by its path.
             OpenVinoEmbedder(files, target)
-    # The service may run under another account. What somebody else has made is theirs to open.
-    for compiled in (target / engine_openvino.COMPILED).glob("*"):
-        with suppress(OSError):
-            compiled.chmod(0o644)
+    _open_to_others(target)
     return target
+
+
+def _open_to_others(target: Path) -> None:
+    """The service may run under another account, whatever the umask here."""
+    for path in (target.parent, target, *target.rglob("*")):
+        # What somebody else has made is theirs to open.
+        with suppress(OSError):
+            path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
 
 
 def _not_writable(folder: Path, error: OSError) -> ConfigError:
@@ -130,7 +140,7 @@ def _is_exact(original: SentenceTransformersEmbedder, files: ModelFiles, directo
 def _replace(target: Path, original: SentenceTransformersEmbedder, files: ModelFiles) -> None:
     """Write beside the target, prove, then rename: half a model is never seen."""
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as folder:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=_UNFINISHED) as folder:
             made = Path(folder) / "made"
             made.mkdir()
             _write(made, original, files)
@@ -142,6 +152,7 @@ def _replace(target: Path, original: SentenceTransformersEmbedder, files: ModelF
                 )
             (made / engine_openvino.COMPILED).mkdir()
             if target.exists():
+                # It is no good, or we would not be here.
                 target.rename(Path(folder) / "old")
             made.rename(target)
     except OSError as error:

@@ -55,6 +55,10 @@ _LIVELINESS = {
 }
 
 
+# In another encoding, such as one of a connection string, a text is an error or another text.
+_FIXED = {"client_encoding": "UTF8"}
+
+
 class Connection(psycopg.Connection[Any]):
     """A connection that need not wait for an answer for ever."""
 
@@ -87,7 +91,8 @@ def connect(settings: Settings, name: str, *, as_service: bool = False) -> Conne
     As the service's, it answers within seconds or is lost. Raises ConnectionLost if no connection
     comes about, ConfigError if none ever can.
     """
-    parameters = {**_LIVELINESS, **settings.connection_parameters(), "application_name": name}
+    parameters = {**_LIVELINESS, **settings.connection_parameters(), **_FIXED}
+    parameters["application_name"] = name
     try:
         conn = Connection.connect(**parameters, autocommit=True)
     except psycopg.OperationalError as error:

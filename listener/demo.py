@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -67,9 +68,11 @@ def run_demo(settings: Settings, events: int | None, stop: Stop, console: Consol
     settings = replace(settings, embedding_model=str(_packaged_model()))
     console.print("Starting an embedded Postgres and loading the model …")
     home = settings.demo_dir.absolute()
+    # PGHOSTADDR, say, would win over our socket, and the demo would write into a real database.
+    for variable in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[variable]
     with alone(home, partial(_refused, home), waits=False):
-        server = embedded.Server.prepared(home / "postgres", embedded.binaries())
-        server.start()
+        server = _started(home)
         settings = replace(settings, database_url=server.url())
         try:
             with connect(settings, "listener-demo") as conn:
@@ -83,12 +86,22 @@ def run_demo(settings: Settings, events: int | None, stop: Stop, console: Consol
             console.print("Stopped; started again, the demo goes on from here.")
 
 
+def _started(home: Path) -> embedded.Server:
+    try:
+        server = embedded.Server.prepared(home / "postgres", embedded.binaries())
+        server.start()
+    # A copy of many files has an error of its own, which has no more than a list of theirs.
+    except OSError as error:
+        raise _refused(home, error) from error
+    return server
+
+
 def _refused(home: Path, error: OSError) -> ConfigError:
     if isinstance(error, BlockingIOError):
         # The first to end would stop the server of both.
         return ConfigError(f"a demo runs in DEMO_DIR {home} already; end it first")
     return ConfigError(
-        f"DEMO_DIR {home} can't be written ({error.strerror}); name another directory"
+        f"DEMO_DIR {home} can't be written ({error.strerror or error}); name another directory"
     )
 
 

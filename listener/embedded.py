@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
@@ -18,6 +19,7 @@ from listener.errors import ConfigError
 _UNPRIVILEGED = "nobody"
 # Where there is no TCP, but for the name of the socket.
 _PORT = 5432
+_LAST_LINES = 5
 
 
 def binaries() -> Path:
@@ -63,8 +65,13 @@ class Server:
         # Named always, or the server would take PGPORT.
         flags += [f"-p {self.port or _PORT}", "-h 127.0.0.1" if self.port else "-h ''"]
         flags += [f"-c {shlex.quote(option)}" for option in self.options]
-        log = str(self.home / "log")
-        self._run("pg_ctl", "-w", "-l", log, "-o", " ".join(flags), "start")
+        log = self.home / "log"
+        try:
+            self._run("pg_ctl", "-w", "-l", str(log), "-o", " ".join(flags), "start")
+        except ConfigError as error:
+            # What pg_ctl itself says is no more than that it failed.
+            reason = log.read_text("utf-8", "replace").splitlines()[-_LAST_LINES:]
+            raise ConfigError("\n".join([f"{error} {log} ends with:", *reason])) from None
 
     def stop(self, mode: str = "fast") -> None:
         """Stop: smart, fast, or immediate, which is a crash."""
@@ -117,12 +124,15 @@ def _reachable(programs: Path, home: Path) -> Path:
     if os.geteuid() != 0 or _open_to_others(programs):
         return programs
     site, package = programs.parents[2], programs.parents[1].name
-    copy = home / "server"
+    copy = home / f"server-{metadata.version(package)}"
     if not copy.exists():
+        half = home / "server-half"
+        shutil.rmtree(half, ignore_errors=True)
         for part in (package, f"{package}.libs"):
             if (site / part).exists():
-                shutil.copytree(site / part, copy / part, symlinks=True)
-        copy.chmod(0o755)
+                shutil.copytree(site / part, half / part, symlinks=True)
+        half.chmod(0o755)
+        half.rename(copy)
     return copy / programs.relative_to(site)
 
 

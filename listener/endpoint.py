@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from listener.config import Settings
-from listener.errors import ConfigError
+from listener.errors import ConfigError, ListenerError
 from listener.health import STALLED_SECONDS, health
 from listener.logs import log
 
@@ -29,8 +30,8 @@ _NEVER_SECONDS = 86_400.0
 def start_endpoint(settings: Settings) -> None:
     """Answer on METRICS_HOST and METRICS_PORT from now on, until the process ends.
 
-    Raises ConfigError if the port is taken, the host is none of this machine, or the extra is
-    missing.
+    Raises ConfigError if the port is taken or the extra is missing, ListenerError if the host is
+    none of this machine yet.
     """
     if find_spec("prometheus_client") is None:
         raise ConfigError(
@@ -56,10 +57,18 @@ def _listen(settings: Settings, application: WSGIApplication) -> WSGIServer:
         server_class = type("_Server", (_Server,), {"address_family": family})
         return make_server(host, port, application, server_class, _Handler)
     except (OSError, OverflowError, UnicodeError) as error:
-        raise ConfigError(
+        # When a machine starts, a tunnel's address may come later; exit 1 is started again.
+        kind = ListenerError if _may_pass(error) else ConfigError
+        raise kind(
             f"METRICS_HOST={host} METRICS_PORT={port} can't be listened on ({error}); "
             "name an address of this machine and a free port"
         ) from error
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    return isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,27 @@ def locate(settings: Settings) -> ModelFiles:
 def _locate(settings: Settings) -> ModelFiles:
     directory = expanded("EMBEDDING_MODEL", settings.embedding_model)
     if directory.is_dir():
+        _require_modules(directory)
         digest = _digest(directory)
         name = f"{_short_path(directory)}@{digest[:12]}"
         return ModelFiles(directory, name, digest, settings.precision)
     if settings.embedding_model.startswith(("/", ".", "~")):
         raise ConfigError(f"EMBEDDING_MODEL {settings.embedding_model} is not a directory")
     found = _pinned_snapshot(settings) or _snapshot_of_the_client(settings)
+    _require_modules(found)
     # The commit, where the setting names a branch, which may be another model tomorrow.
     name = f"{settings.embedding_model}@{found.name[:12]}"
     return ModelFiles(found, name, found.name, settings.precision)
+
+
+def _require_modules(directory: Path) -> None:
+    """Without that file the library would make up pooling and length: other vectors, same name."""
+    if not (directory / "modules.json").is_file():
+        raise ConfigError(
+            f"the model in {directory} has no modules.json, so it is no model of "
+            "sentence-transformers, or not all of it; run `listener model fetch`, or set "
+            "EMBEDDING_MODEL to another"
+        )
 
 
 def fetch(settings: Settings) -> Path:
@@ -110,10 +123,13 @@ def fetch(settings: Settings) -> Path:
     try:
         found = _snapshot(settings, offline=False)
     except Exception as error:  # the hub's client, HTTP and a proxy each have errors of their own
+        # Of a full disk, say; a message of the client's may carry an address with a token.
+        reason = getattr(error, "strerror", None) or type(error).__name__
         raise ConfigError(
             f"{settings.embedding_model} at {settings.embedding_revision[:12]} can't be fetched "
-            f"({type(error).__name__}); check the name, the revision and the way to the hub"
+            f"({reason}); check the name, the revision, the way to the hub and the disk"
         ) from error
+    _require_modules(found)
     return found
 
 
@@ -126,9 +142,24 @@ def _pinned_snapshot(settings: Settings) -> Path | None:
 
     if not re.fullmatch(r"[0-9a-f]{40}", settings.embedding_revision):
         return None
-    repository = "models--" + settings.embedding_model.replace("/", "--")
-    found = Path(constants.HF_HUB_CACHE, repository, "snapshots", settings.embedding_revision)
-    return found if (found / "modules.json").is_file() else None
+    folder = "models--" + settings.embedding_model.replace("/", "--")
+    repository = Path(constants.HF_HUB_CACHE, folder)
+    found = repository / "snapshots" / settings.embedding_revision
+    return found if _is_complete(found, repository / "trees" / f"{found.name}.json") else None
+
+
+def _is_complete(snapshot: Path, listing: Path) -> bool:
+    """Whether all is there that the client noted at its download; False where it noted nothing."""
+    try:
+        files = list(json.loads(listing.read_text("utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return all(
+        (snapshot / file).is_file()
+        for file in files
+        if any(fnmatch(file, pattern) for pattern in _FILES)
+        and not any(fnmatch(file, pattern) for pattern in _NOT_FILES)
+    )
 
 
 def _snapshot_of_the_client(settings: Settings) -> Path:

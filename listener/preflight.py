@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from psycopg import sql
+
 from listener.catalogue import Facts
 from listener.config import DIMENSION
 from listener.errors import SchemaError
 
 _KEY_TYPES = ("bigint", "integer", "uuid", "text")
-_OLDEST_SERVER = 15
+_OLDEST_SERVER = 150000
 _EMBEDDINGS_COLUMNS = ("event_id", "embedding", "model", "content_hash", "embedded_at")
 
 
@@ -20,9 +22,9 @@ def require_installable(facts: Facts) -> None:
 
 def server_problem(facts: Facts) -> str | None:
     """What makes this server unfit, if anything."""
-    version = facts.server_version // 10000
-    if version < _OLDEST_SERVER:
-        return f"the server is PostgreSQL {version}; {_OLDEST_SERVER} is the oldest that works"
+    if facts.server_version < _OLDEST_SERVER:
+        version = facts.server_version // 10000
+        return f"the server is PostgreSQL {version}; 15 is the oldest that works"
     if facts.encoding != "UTF8":
         return f"database {facts.database} is encoded in {facts.encoding}; UTF8 is needed"
     if facts.read_only:
@@ -108,11 +110,15 @@ def rights_problem(facts: Facts) -> str | None:
     if not facts.installed and not facts.may_create_schema:
         return (
             f"role {facts.role} may not create a schema; "
-            f"grant create on database {facts.database} to {facts.role}"
+            f"grant create on database {_quoted(facts.database)} to {_quoted(facts.role)}"
         )
     if facts.embeddings_type is None and not facts.may_create_in_public:
         return (
             f"role {facts.role} may not create tables in schema public; "
-            f"grant create on schema public to {facts.role}"
+            f"grant create on schema public to {_quoted(facts.role)}"
         )
     return None
+
+
+def _quoted(name: str) -> str:
+    return sql.Identifier(name).as_string()

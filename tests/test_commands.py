@@ -76,7 +76,9 @@ def test_shell_and_database_change_neither_a_text_nor_what_a_command_can_read(
     service = spawn(static.settings, "run", PGCLIENTENCODING="SQL_ASCII", PGDATESTYLE="SQL")
     service.wait_for("batch_stored")
     status = json.loads(listener(static.settings, "status", "--json").stdout)
-    shown = listener(static.settings, "show", str(event_id), PGCLIENTENCODING="LATIN1")
+    url = static.settings.database_url
+    settings = replace(static.settings, database_url=f"{url}&client_encoding=latin1")
+    shown = listener(settings, "show", str(event_id), PGCLIENTENCODING="LATIN1")
 
     assert (status["scope"]["current"], len(status["workers"])) == (1, 1)
     assert "message: Überdruck 🚰" in shown.stdout
@@ -300,16 +302,19 @@ def test_a_backfill_that_is_stopped_while_it_queues_reports_what_it_did(
     """The page in hand is finished; run again, it goes on."""
     static.insert(*map(str, range(5000)))
     static.forget_queue()
-    change_sweep(static, "p_from is not null", "perform pg_sleep(1)")
+    change_sweep(static, "p_from is not null", "perform pg_advisory_xact_lock_shared(1)")
+    static.rows("select pg_advisory_lock(1)")
     backfill = spawn(static.settings, "backfill", "--all", "--work")
     backfill.wait_for("looked at 2000")
+    wait_until(lambda: static.waits("listener-backfill"))
 
-    code = backfill.end(signal.SIGINT)
+    backfill.process.send_signal(signal.SIGINT)
+    static.rows("select pg_advisory_unlock(1)")
 
-    assert code == 0
+    assert backfill.process.wait(30) == 0
     (report,) = static.settings.reports_dir.glob("*_backfill.md")
     assert "stopped before the end" in report.read_text()
-    assert len(static.queue()) in (2000, 4000)
+    assert len(static.queue()) == 4000
 
 
 def test_backfill_without_a_service_says_who_could_work(static: Database) -> None:
@@ -341,10 +346,12 @@ def test_a_backfill_that_loses_its_connection_takes_its_worker_along(
 
         wait_until(lambda: backfill.process.poll() is not None)
     assert backfill.process.returncode == 2
+    (report,) = settings.reports_dir.glob("*_backfill.md")
+    assert re.search(r"queued 0\n- ended by an error: .", report.read_text())
 
 
 def test_a_backfill_whose_worker_fails_fails(static: Database, tmp_path: Path) -> None:
-    """Whatever it was; a report that it was followed to the end would be a lie."""
+    """Whatever it was; its report doesn't say that it was followed to the end."""
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "torch.py").write_text("raise OSError('libcublas.so: cannot open')")
     static.insert("a")
@@ -356,7 +363,9 @@ def test_a_backfill_whose_worker_fails_fails(static: Database, tmp_path: Path) -
 
     assert finished.returncode == 1
     assert "libcublas.so" in finished.stderr
-    assert not list(static.settings.reports_dir.glob("*_backfill.md"))
+    (report,) = static.settings.reports_dir.glob("*_backfill.md")
+    assert "ended by an error: libcublas.so" in report.read_text()
+    assert "followed" not in report.read_text()
 
 
 def test_a_report_that_can_not_be_written_says_that_the_rest_is_done(
@@ -476,6 +485,19 @@ def test_a_place_for_the_demo_that_can_not_be_made_is_one_clear_line(tmp_path: P
     assert "Traceback" not in finished.stderr
 
 
+def test_a_demo_whose_server_does_not_start_shows_what_the_server_said(
+    open_folder: Path, tmp_path: Path
+) -> None:
+    """pg_ctl says no more than that it failed."""
+    settings = Settings(database_url="", reports_dir=tmp_path)
+
+    finished = listener(settings, "demo", check=False, DEMO_DIR=str(open_folder / ("x" * 100)))
+
+    assert finished.returncode == 2
+    assert "is too long" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
 def test_the_demo_shows_events_and_a_search_and_goes_on_where_it_was(
     open_folder: Path, tmp_path: Path
 ) -> None:
@@ -483,9 +505,10 @@ def test_the_demo_shows_events_and_a_search_and_goes_on_where_it_was(
     settings = Settings(database_url="", reports_dir=tmp_path)
     open_folder = open_folder / "our demo's"
     open_folder.mkdir()
-    # A relative place, and a port that is another server's.
+    # A relative place, and where another server is.
+    elsewhere = {"PGPORT": "5433", "PGHOSTADDR": "192.0.2.1"}
     first = listener(
-        settings, "demo", "--events", "3", cwd=open_folder, DEMO_DIR=".", PGPORT="5433"
+        settings, "demo", "--events", "3", check=True, cwd=open_folder, DEMO_DIR=".", **elsewhere
     )
     second = listener(settings, "demo", "--events", "21", DEMO_DIR=str(open_folder))
     assert not any(open_folder.glob("postgres/data/postmaster.pid"))

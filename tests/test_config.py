@@ -85,10 +85,22 @@ def test_the_environment_wins_over_the_env_file(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("BATCH_EVENTS=zero\nMAX_ATTEMPTS=none\n")
     settings = Settings(reports_dir=tmp_path)
 
-    finished = listener(settings, "status", check=False, cwd=tmp_path, MAX_ATTEMPTS="3")
+    # Settings are read in their order, and BATCH_EVENTS comes first.
+    finished = listener(settings, "status", check=False, cwd=tmp_path, BATCH_EVENTS="3")
 
     assert finished.returncode == 2
-    assert "BATCH_EVENTS is 'zero'" in finished.stderr
+    assert "MAX_ATTEMPTS is 'none'" in finished.stderr
+
+
+def test_an_empty_variable_hides_none_of_the_env_file(tmp_path: Path) -> None:
+    """It counts as unset; the command would else take another database."""
+    (tmp_path / ".env").write_text("DATABASE_URL=postgresql://nobody@127.0.0.1:1/of_the_file\n")
+    settings = Settings(database_url="", reports_dir=tmp_path)
+
+    finished = listener(settings, "status", check=False, cwd=tmp_path, PGHOST="192.0.2.1")
+
+    assert finished.returncode == 2
+    assert "127.0.0.1" in finished.stderr
 
 
 def test_an_env_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +33,25 @@ def test_a_second_conversion_keeps_the_first(converted: Settings) -> None:
     after = (folder / engine_openvino.MANIFEST).stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_conversion_is_open_to_the_services_account_and_clears_up_after_a_killed_one(
+    converted: Settings, tmp_path: Path
+) -> None:
+    """Whatever the umask of who converts."""
+    settings = replace(converted, model_cache=tmp_path / "cache")
+    left = converted_directory(locate(settings), settings).parent / ".converting-killed" / "made"
+    left.mkdir(parents=True)
+    former = os.umask(0o077)
+    try:
+        folder = convert(settings)
+    finally:
+        os.umask(former)
+
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    made = [folder.parent, folder, *folder.rglob("*")]
+    assert len(made) > 5
+    assert all(path.stat().st_mode & 0o004 for path in made)
 
 
 def test_conversions_at_once_all_leave_the_model(

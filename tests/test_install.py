@@ -283,6 +283,26 @@ def test_a_role_without_superuser_installs_runs_and_uninstalls(
     assert any("can't create role" in note for note in plan.notes)
 
 
+def test_the_remedy_for_a_missing_right_can_be_run_as_it_stands(new_database: NewDatabase) -> None:
+    """Also for a name that has to be quoted."""
+    with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
+        admin.execute("create extension vector")
+        admin.execute('create role "app-owner" login nosuperuser')
+        try:
+            admin.execute("create table public.iot_events (id bigint primary key, message text)")
+            admin.execute('alter table public.iot_events owner to "app-owner"')
+            settings = Settings(database_url=url.replace("postgres@", "app-owner@"))
+            with connect(settings, "listener-install") as conn:
+                for _ in range(2):
+                    with pytest.raises(SchemaError, match="may not create") as caught:
+                        require_installable(read_facts(conn))
+                    admin.execute(str(caught.value).partition("; ")[2].encode())
+                require_installable(read_facts(conn))
+        finally:
+            admin.execute('drop owned by "app-owner" cascade')
+            admin.execute('drop role "app-owner"')
+
+
 def test_a_role_that_creates_roles_gives_the_trigger_functions_away(
     new_database: NewDatabase,
 ) -> None:

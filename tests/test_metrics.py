@@ -348,12 +348,14 @@ def test_run_once_opens_no_port(database: Database, static_model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "port"), [("127.0.0.1", None), ("192.0.2.1", 20_000), ("no.such.invalid", 20_000)]
+    ("host", "port", "codes"),
+    # Whether a name is unknown or nobody can be asked is up to the machine.
+    [("127.0.0.1", None, {2}), ("192.0.2.1", 20_000, {1}), ("no.such.invalid", 20_000, {1, 2})],
 )
 def test_a_port_that_is_not_to_be_had_is_one_clear_line(
-    database: Database, host: str, port: int | None
+    database: Database, host: str, port: int | None, codes: set[int]
 ) -> None:
-    """Taken, or of another machine, or of none: exit 2, no traceback."""
+    """Exit 2 where it is taken; 1, to be started again, where the address may come later."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = port or taken.getsockname()[1]
 
@@ -361,7 +363,7 @@ def test_a_port_that_is_not_to_be_had_is_one_clear_line(
             database.settings, "run", check=False, METRICS_HOST=host, METRICS_PORT=str(port)
         )
 
-    assert finished.returncode == 2
+    assert finished.returncode in codes
     (line,) = finished.stderr.splitlines()
     assert f"METRICS_HOST={host} METRICS_PORT={port} can't be listened on" in line
 

@@ -160,6 +160,41 @@ def test_a_missing_model_names_the_command_that_fetches_it(
         locate(Settings())
 
 
+def test_a_model_that_does_not_say_what_it_is_made_of_is_refused(
+    minilm: Path, tmp_path: Path
+) -> None:
+    """The library would make up pooling and length: other vectors under the same name."""
+    shutil.copytree(minilm, tmp_path / "bare")
+    (tmp_path / "bare" / "modules.json").unlink()
+
+    with pytest.raises(ConfigError, match=r"no modules\.json"):
+        locate(Settings(embedding_model=str(tmp_path / "bare")))
+
+
+@pytest.mark.parametrize("missing", ["modules.json", "sentence_bert_config.json"])
+def test_a_half_fetched_model_is_not_taken_for_whole(
+    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """Without one of its small files it would load, and give other vectors."""
+    repository = tmp_path / "models--some--model"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(minilm, snapshot)
+    (repository / "trees").mkdir()
+    entry = {"size": 1, "blob_id": "0" * 40}
+    files = {str(p.relative_to(snapshot)): entry for p in snapshot.rglob("*") if p.is_file()}
+    files["onnx/model.onnx"] = entry
+    listing = json.dumps({"format_version": 1, "files": files})
+    (repository / "trees" / f"{snapshot.name}.json").write_text(listing)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    settings = Settings(embedding_model="some/model", embedding_revision=snapshot.name)
+    assert locate(settings).directory == snapshot
+
+    (snapshot / missing).unlink()
+
+    with pytest.raises(ConfigError, match="listener model fetch"):
+        locate(settings)
+
+
 @pytest.mark.parametrize(
     "damage", ["truncated", "no config", "no weights", "no pooling", "an adapter", "unknown key"]
 )
