@@ -28,6 +28,8 @@ select
   pg_catalog.set_config('tcp_keepalives_idle', '10', false),
   pg_catalog.set_config('tcp_keepalives_interval', '3', false),
   pg_catalog.set_config('tcp_keepalives_count', '3', false),
+  -- While an answer is on its way to a dead client, keepalives are silent.
+  pg_catalog.set_config('tcp_user_timeout', '19000', false),
   -- Everything goes by a key. A plan from when a table was empty, also that of the foreign key's
   -- check, would else read it whole for each event until the next analyze.
   pg_catalog.set_config('enable_seqscan', 'off', false),
@@ -448,9 +450,12 @@ where q.event_id = h.event_id
 
 # --- sweep -------------------------------------------------------------------------------------
 
+# Committed for good: what a crash of the server undid would not be missed, since the sweep goes on
+# with the next page.
 SWEEP = """
 select s.scanned, s.queued, s.next_from
-from listener.sweep(%(model)s, %(start)s, %(events)s, %(since)s) s
+from pg_catalog.set_config('synchronous_commit', 'on', true),
+  listener.sweep(%(model)s, %(start)s, %(events)s, %(since)s) s
 """
 
 # Parked events that were deleted.

@@ -185,7 +185,7 @@ class _Session:
         number = worker.number if worker else None
         self._queue = Queue(self._work, settings, number, reads_apart=kept.losses > 0)
         self._pipeline = Pipeline(settings, self._queue, encoder, stop, kept.in_hand)
-        self._sweep = kept.sweep
+        self._kept = kept
         self._next_beat = time.monotonic()
         self._next_turn = time.monotonic()
         self._next_status = time.monotonic()
@@ -217,11 +217,15 @@ class _Session:
             pass
 
     def _drain(self) -> int:
-        return self._pipeline.drain(self._stay_awake, self._after_step)
+        claimed = self._pipeline.drain(self._stay_awake, self._after_step)
+        if claimed:
+            # No event of these is one over which connections are lost.
+            self._kept.losses = 0
+        return claimed
 
     def _sweep_page(self) -> bool:
         """When nothing else is due, or it is its turn. Returns whether there is more to do."""
-        return self._sweep.page(self._work, self._queue, self._encoder.fingerprint)
+        return self._kept.sweep.page(self._work, self._queue, self._encoder.fingerprint)
 
     def _stay_awake(self, is_much: bool) -> None:
         """There is more to do: let writers pass without NOTIFY, and call for help if it is much."""
@@ -231,7 +235,7 @@ class _Session:
 
     def _sleep(self, seconds: float) -> None:
         """Sleep in beats, until there is reason to look at the queue or the time is up."""
-        deadline = time.monotonic() + min(seconds, self._sweep.seconds_left())
+        deadline = time.monotonic() + min(seconds, self._kept.sweep.seconds_left())
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
             self._tell_progress()
             to_beat = max(self._next_beat - time.monotonic(), 0.0)
@@ -245,6 +249,7 @@ class _Session:
         self._next_beat = time.monotonic() + BEAT_SECONDS
         if self._worker is not None:
             self._worker.be_seen()
+            self._wakeup.take_notes()
         # In turn: a dead link would be as silent as a quiet day; asking finds out.
         self._connections.rotate()
         return beat(self._connections[0], self._worker.number if self._worker else None)

@@ -26,6 +26,9 @@ class Sweep:
         self._settings = settings
         self._page_events = _PAGE
         self._is_blind = False
+        # Events and seconds; and whether a page takes as long whatever its size.
+        self._last_page: tuple[int, float] | None = None
+        self._is_fixed = False
         self._from: str | None = None
         self._left = settings.backfill_last_n
         self._next = time.monotonic() if settings.backfill_last_n else float("inf")
@@ -70,7 +73,7 @@ class Sweep:
         began = time.monotonic()
         page = queue.sweep(None if self._is_blind else model, self._from, events)
         self._is_blind = False
-        fitting = int(events * _PAGE_SECONDS / max(time.monotonic() - began, 1e-3))
+        fitting = self._fitting(events, max(time.monotonic() - began, 1e-3))
         # By doubling, or an event that was just found to be too much would be met in a full page.
         self._page_events = min(max(fitting, 1), 2 * events, _PAGE)
         self._from = page.next_from
@@ -80,6 +83,16 @@ class Sweep:
         if page.next_from is None or self._left <= 0:
             self._schedule()
         return page.queued
+
+    def _fitting(self, events: int, took: float) -> int:
+        """How many events a page should have, by what this page and the one before took."""
+        last_events, last_took = self._last_page or (events, took)
+        self._last_page = (events, took)
+        if events != last_events:
+            proportional = last_took * events / last_events
+            self._is_fixed = abs(took - last_took) < abs(took - proportional)
+        # As where all events are sorted for each page: a smaller one takes no less.
+        return _PAGE if self._is_fixed else int(events * _PAGE_SECONDS / took)
 
     def _schedule(self) -> None:
         self._from = None

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import psycopg
 from numpy.typing import NDArray
-from pgvector.psycopg.vector import register_vector_info
+from pgvector import Vector
+from pgvector.psycopg.vector import (
+    VectorBinaryDumper,
+    VectorBinaryLoader,
+    VectorDumper,
+    VectorLoader,
+)
 from psycopg.abc import Buffer
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
@@ -53,8 +60,22 @@ class _VectorsDumper(Dumper):
 def register_vector(conn: psycopg.Connection[Any]) -> None:
     """Teach the connection the vector type, in whichever schema pgvector lives."""
     found = conn.execute(queries.VECTOR_TYPE).fetchone()
-    if found is not None:
-        info = TypeInfo(*found)
-        register_vector_info(conn, info)
-        oids = {"oid": info.array_oid, "element_oid": info.oid}
-        conn.adapters.register_dumper(Vectors, type("VectorsDumper", (_VectorsDumper,), oids))
+    if found is None:
+        return
+    info = TypeInfo(*found)
+    info.register(conn)
+    of_one, of_many = _dumpers(info.oid, info.array_oid)
+    for kind in (Vector, np.ndarray):
+        for dumper in of_one:
+            conn.adapters.register_dumper(kind, dumper)
+    conn.adapters.register_dumper(Vectors, of_many)
+    for loader in (VectorLoader, VectorBinaryLoader):
+        conn.adapters.register_loader(info.oid, loader)
+
+
+# The driver keeps every class that it was ever given, and with pgvector's own registration each
+# connection, as of each scrape, would bring it new ones.
+@cache
+def _dumpers(oid: int, array_oid: int) -> tuple[list[type[Dumper]], type[Dumper]]:
+    of_one = [type("", (kind,), {"oid": oid}) for kind in (VectorDumper, VectorBinaryDumper)]
+    return of_one, type("", (_VectorsDumper,), {"oid": array_oid, "element_oid": oid})

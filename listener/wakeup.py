@@ -42,6 +42,7 @@ class Wakeup:
         self._poll_seconds = poll_seconds
         self._leads = False
         self._gate_closed = False
+        self._was_notified = False
         self._look_seconds = _FIRST_LOOK_SECONDS
         self._selector = selectors.DefaultSelector()
         self._selector.register(stop.read_end, selectors.EVENT_READ)
@@ -124,13 +125,19 @@ class Wakeup:
     def sleep(self, seconds: float) -> bool:
         """Sleep until a NOTIFY, a stop or the time is up. Returns whether it was a NOTIFY."""
         # One that came with the answer to a query is with the driver; the socket is silent of it.
-        if self._clear():
+        self.take_notes()
+        was_notified, self._was_notified = self._was_notified, False
+        if was_notified:
             return True
         deadline = time.monotonic() + seconds
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
             if self._selector.select(left) and not self._stop.is_set() and self._clear():
                 return True
         return False
+
+    def take_notes(self) -> None:
+        """Have the driver keep no notifications while there is no sleep; the next one then ends."""
+        self._was_notified = self._clear() or self._was_notified
 
     def _clear(self) -> bool:
         """Take what notifications are there, before the drain that answers them, never after."""

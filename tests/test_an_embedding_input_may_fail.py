@@ -352,6 +352,25 @@ def test_a_sweep_of_slow_events_takes_smaller_pages(
     assert max(pages[1:]) <= 13
 
 
+def test_a_sweep_whose_pages_take_as_long_whatever_their_size_takes_large_ones(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where all events are sorted for each: a page of one event would take as long."""
+    caplog.set_level("INFO", "listener")
+    monkeypatch.setattr("listener.sweep._PAGE", 64)
+    monkeypatch.setattr("listener.sweep._PAGE_SECONDS", 0.05)
+    change_sweep(database, "true", "perform pg_sleep(0.4)")
+    database.insert(*map(str, range(64 * 5)))
+    database.forget_queue()
+
+    with serving(database):
+        wait_until(lambda: len(database.embedded()) == 64 * 5)
+
+    pages = [r.__dict__["fields"]["scanned"] for r in caplog.records if r.msg == "backfill_queued"]
+    assert len(pages) <= 12
+    assert pages.count(64) >= 2
+
+
 _OTHER_SWEEP = """
 alter function listener.sweep(text, text, integer, timestamptz) rename to real_sweep;
 create function listener.sweep(p_model text, p_from text, p_limit integer, p_since timestamptz)

@@ -154,6 +154,23 @@ def test_a_change_that_an_older_snapshot_does_not_show_is_kept(
     assert [row[1] for row in database.queue()] == [0]
 
 
+def test_nothing_is_emptied_while_a_dump_may_not_have_its_locks_yet(
+    database: Database, service: Connection
+) -> None:
+    """It would see the tables as its snapshot has them: without what was put back."""
+    database.insert("waiting")
+    before = files(database)
+    with database.session("pg_dump"):
+        compact(service)
+        assert files(database) == before
+
+    def is_emptied() -> bool:
+        compact(service)
+        return not files(database) & before
+
+    wait_until(is_emptied)
+
+
 def test_few_dead_rows_are_left_to_vacuum(database: Database, service: Connection) -> None:
     """To empty the tables locks writers out for a moment, so it is not done for nothing."""
     queue = Queue(service, database.settings, None)

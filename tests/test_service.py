@@ -22,6 +22,7 @@ from listener.service import Service, _Kept, _open_session
 from listener.stop import Stop
 from listener.sweep import Sweep
 from listener.upkeep import discard_parked
+from listener.wakeup import Wakeup
 from tests.harness import (
     Command,
     Database,
@@ -67,6 +68,44 @@ def test_what_is_in_hand_when_a_connection_breaks_counts_as_never_claimed(
     assert counters.lease_expiries == expiries
 
 
+def test_losses_of_connections_far_apart_make_suspects_of_no_event(database: Database) -> None:
+    """Only what loses several in a row, with nothing done in between, can be to blame."""
+    embedder = TinyEmbedder()
+    expiries = counters.lease_expiries
+    with serving(database, embedder):
+        for message in "abcd":
+            embedder.may_run.clear()
+            (event_id,) = database.insert(message)
+            wait_until(lambda: database.leased() == 1)
+            database.terminate("listener-w%")
+            embedder.may_run.set()
+            database.wait_for_rest()
+            assert event_id in database.embedded()
+
+    assert counters.lease_expiries == expiries
+
+
+def test_notifications_are_taken_while_the_service_is_busy(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver would keep all of them in memory, for as long as a backfill takes."""
+    clear, cleared = Wakeup._clear, list[bool]()
+    drain = Pipeline.drain
+
+    def noted(wakeup: Wakeup) -> bool:
+        cleared.append(clear(wakeup))
+        return cleared[-1]
+
+    monkeypatch.setattr(Wakeup, "_clear", noted)
+    # There is always more to do.
+    monkeypatch.setattr(Pipeline, "drain", lambda *arguments: max(drain(*arguments), 1))
+    with serving(database.with_settings(notify="always")):
+        wait_until(lambda: is_asleep(database))
+        database.insert("a")
+
+        wait_until(lambda: any(cleared))
+
+
 def test_a_service_does_not_start_where_writers_queue_nothing(database: Database) -> None:
     """All would look well, and no event come."""
     database.rows("alter table public.iot_events disable trigger listener_inserted")
@@ -108,6 +147,7 @@ def test_both_sessions_of_a_service_have_its_settings(server: Server, database: 
         "tcp_keepalives_idle": "10",
         "tcp_keepalives_interval": "3",
         "tcp_keepalives_count": "3",
+        "tcp_user_timeout": "19000",
     }
     assert server.port is not None
     settings = database.through(server.port).settings

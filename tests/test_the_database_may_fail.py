@@ -13,9 +13,11 @@ import psycopg
 import pytest
 from numpy.typing import NDArray
 
+from listener import queries
 from listener.config import Settings
 from listener.database import connect
 from listener.embedded import Server
+from listener.queue import Queue
 from tests.harness import Database, TinyEmbedder, install_demo, is_asleep, serving, wait_until
 
 MakeServer = Callable[..., Server]
@@ -82,6 +84,22 @@ def test_twenty_crashes_of_the_server_in_mid_batch_lose_double_and_park_nothing(
 def is_in_mid_batch(database: Database, embedder: CountingEmbedder, calls: int) -> bool:
     """Whether the model was asked for more than so many batches, or all are done."""
     return embedder.calls > calls or database.is_at_rest()
+
+
+def test_a_crash_undoes_no_page_of_a_sweep(make_server: MakeServer) -> None:
+    """The sweep goes on with the next page: what the crash undid would wait for the next sweep."""
+    server = make_server("wal_writer_delay=10s")
+    with installed(server) as first, first.session() as work:
+        first.insert(*map(str, range(10)))
+        first.forget_queue()
+        work.execute(queries.SERVICE_SESSION)
+
+        Queue(work, first.settings, None).sweep(TinyEmbedder.fingerprint, None, 10)
+
+        server.stop("immediate")
+    server.start()
+    with reconnected(first) as database:
+        assert len(database.queue()) == 10
 
 
 def test_a_server_without_a_free_connection_is_waited_for(make_server: MakeServer) -> None:

@@ -91,6 +91,22 @@ def test_a_copy_of_many_rows_notifies_once(database: Database) -> None:
         assert heard(conn) == 1
 
 
+def test_notifications_taken_while_there_was_no_sleep_end_the_next(database: Database) -> None:
+    """Once: what they told of may have come after the last look."""
+    with listening(database) as wakeup:
+        wakeup.prepare_sleep()
+        database.insert("a", "b")
+
+        def has_taken_them() -> bool:
+            wakeup.take_notes()
+            return wakeup._was_notified
+
+        wait_until(has_taken_them)
+
+        assert wakeup.sleep(60.0)
+        assert not wakeup.sleep(0.1)
+
+
 def test_a_writer_in_flight_keeps_the_worker_from_sleeping(database: Database) -> None:
     """It did not notify, so the worker looks again soon instead of sleeping through its commit."""
     with listening(database) as wakeup, database.session() as writer:
