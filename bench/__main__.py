@@ -2,4 +2,6 @@
 
 from bench.cli import main
 
-main()
+# Not where a process of a benchmark imports it.
+if __name__ == "__main__":
+    main()

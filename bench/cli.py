@@ -133,11 +133,12 @@ def precision_command(texts: int, model: str) -> None:
 @cli.command("devices")
 @click.option("--sample", type=click.IntRange(1), default=FULL.sample, show_default=True)
 @_model
-def devices_command(sample: int, model: str) -> None:
+@_engine
+def devices_command(sample: int, model: str, engine: str) -> None:
     """Real device events: reuse, and precision of the neighbours."""
     with running_cluster() as cluster:
         chosen = find_model(model, cluster.folder)
-        click.echo(devices.run(cluster, chosen, sample).markdown())
+        click.echo(devices.run(cluster, chosen, sample, engine).markdown())
 
 
 @cli.command("writers")

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from bench import systems
 from bench.bare_encode import bare_seconds
 from bench.cluster import Cluster, install_listener
 from bench.drain import require_all_embedded
 from bench.models import Model
 from bench.peer_table import BATCH_SIZE
-from bench.processes import REPOSITORY, Line, service
+from bench.processes import REPOSITORY, Line
 from bench.progress import say
 from bench.quiet import wait_for_quiet
 from bench.report import Section, at_least
+from bench.systems import TORCH, System
 from bench.texts import embedded_texts
 from listener.config import Settings
 from listener.database import Connection, connect
@@ -86,21 +88,23 @@ class Drained:
     reused: int
 
 
-def run(cluster: Cluster, model: Model, sample: int) -> Section:
+def run(cluster: Cluster, model: Model, sample: int, engine: str = TORCH) -> Section:
     """One COPY of all events to a service that sleeps; a line instead if the data isn't there."""
+    system = systems.listener(engine)
+    systems.prepare(system, model.directory)
     events = read_events()
     if not events:
         return Section(_TITLE, "Skipped: no data set of device events beside this clone.")
     with cluster.database("devices") as url:
         install_listener(url)
-        drained = _drain(cluster, url, model, events)
+        drained = _drain(cluster, url, system, model, events)
         say("devices: looking for neighbours")
         with connect(Settings(database_url=url), "bench") as conn:
             precisions = _precisions(conn, events, drained.texts, sample)
     say("devices: bare encode")
     wait_for_quiet()
     bare = bare_seconds(model.directory, drained.texts, cluster.folder)
-    return _section(model, drained, bare, precisions, min(sample, len(events)))
+    return _section(model, engine, drained, bare, precisions, min(sample, len(events)))
 
 
 def read_events() -> list[dict[str, str]]:
@@ -111,8 +115,10 @@ def read_events() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _drain(cluster: Cluster, url: str, model: Model, events: Sequence[dict[str, str]]) -> Drained:
-    with service(cluster, url, model.directory) as process:
+def _drain(
+    cluster: Cluster, url: str, system: System, model: Model, events: Sequence[dict[str, str]]
+) -> Drained:
+    with system.worker(cluster, url, model.directory) as process:
         wait_for_quiet()
         say(f"devices: copying {len(events)} events")
         _copy(url, events)
@@ -184,6 +190,7 @@ def _precision(
 
 def _section(
     model: Model,
+    engine: str,
     drained: Drained,
     bare: float,
     precisions: tuple[Precision, Precision],
@@ -195,8 +202,8 @@ def _section(
     return Section(
         _TITLE,
         f"{events} log events of real devices, inserted in one COPY while the service sleeps; "
-        f"model {model.name}. Service: from the return of the COPY to the commit of the last "
-        "vector. Bare: a process of its own that calls "
+        f"model {model.name}, engine {engine}. Service: from the return of the COPY to the commit "
+        "of the last vector. Bare: a process of its own that calls, with torch, "
         f"`SentenceTransformer.encode(texts, batch_size={BATCH_SIZE})` on all texts, repeated "
         f"ones too. Precision at {_NEIGHBOURS}: the share of the nearest other events that come "
         f"from the same log template, mean of {sample} events drawn at random; chance is the share "

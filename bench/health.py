@@ -37,6 +37,7 @@ where t.schemaname = 'listener' and t.n_dead_tup > 0
 """
 _LOOK_SECONDS = 2.0
 _RATE = 500
+_WARMING_UP = 20
 # Autovacuum looks once a minute.
 _BEFORE_SECONDS, _AFTER_SECONDS = 60, 150
 
@@ -63,6 +64,8 @@ def backlog(cluster: Cluster, events: int) -> Section:
         wait_for_quiet()
         with running_drainer(url) as drainer:
             claims = drainer.drain()
+    # Of a session's first claims each is planned anew.
+    del claims.milliseconds[:_WARMING_UP]
     first = claims.quantile(99, *_PARTS["first"])
     rows = []
     for name, part in _PARTS.items():
@@ -73,8 +76,8 @@ def backlog(cluster: Cluster, events: int) -> Section:
     return Section(
         "A long backlog",
         f"{claims.events} events wait when the drain begins; {len(claims.milliseconds)} claims of "
-        f"{CLAIM_EVENTS}, each read and written with a vector that costs nothing. Milliseconds of "
-        "a claim.",
+        f"{CLAIM_EVENTS} after the first {_WARMING_UP}, each read and written with a vector that "
+        "costs nothing. Milliseconds of a claim.",
         ("claims", "p50", "p99", "p99 of the first tenth's", "target"),
         tuple(rows),
     )

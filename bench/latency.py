@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import peer_table, systems
+from bench import apart, systems
 from bench.cluster import Cluster
 from bench.models import Model
 from bench.progress import BenchError, say
@@ -20,9 +20,6 @@ from bench.systems import OPENVINO, TORCH, System
 from bench.texts import random_texts
 from listener.config import Settings
 from listener.database import Connection, connect
-from listener.embedder import load_embedder
-
-Encode = Callable[[list[str]], object]
 
 # The service commits, then this arrives: it can only make the vector seem later than it was.
 ANNOUNCE_VISIBLE = """
@@ -62,14 +59,13 @@ def run(cluster: Cluster, model: Model, inserts: int, engine: str = TORCH) -> Se
     system = systems.listener(engine)
     systems.prepare(system, model.directory)
     texts = random_texts(inserts, seed=2)
-    own = load_embedder(system.settings(model.directory)).encode
-    samples = measure(cluster, system, model, texts, [bare_encode(model), own])
+    settings = system.settings(model.directory)
+    with (
+        apart.timed(partial(apart.bare, model.directory)) as bare,
+        apart.timed(partial(apart.own, settings)) as own,
+    ):
+        samples = measure(cluster, system, model, texts, [bare, own])
     return _section(model, engine, *samples)
-
-
-def bare_encode(model: Model) -> Encode:
-    """The library's call, as a user writes it."""
-    return partial(peer_table.encode, peer_table.load_model(str(model.directory)))
 
 
 def measure(
@@ -77,9 +73,9 @@ def measure(
     system: System,
     model: Model,
     texts: Sequence[str],
-    encodes: Sequence[Encode],
+    encodes: Sequence[Callable[[str], float]],
 ) -> list[list[float]]:
-    """Milliseconds of each text to be visible, then those of it in each of `encodes`."""
+    """Milliseconds of each text to be visible, then what each of `encodes` says of it."""
     say(f"latency: {system.name}")
     with cluster.database(f"latency_{system.slug}") as url:
         system.install(url)
@@ -91,9 +87,7 @@ def measure(
         ):
             writer.execute(ANNOUNCE_VISIBLE)
             reader.execute("listen bench_visible")
-            timed = [partial(_insert_and_wait, writer, reader)]
-            timed += [partial(_time, encode) for encode in encodes]
-            return _measure(timed, texts)
+            return _measure([partial(_insert_and_wait, writer, reader), *encodes], texts)
 
 
 def _measure(timed: Sequence[Callable[[str], float]], texts: Sequence[str]) -> list[list[float]]:
@@ -110,12 +104,6 @@ def _measure(timed: Sequence[Callable[[str], float]], texts: Sequence[str]) -> l
                 time.sleep(gap)
                 taken.append(time_it(text))
     return samples
-
-
-def _time(encode: Encode, text: str) -> float:
-    began = time.perf_counter()
-    encode([text])
-    return (time.perf_counter() - began) * 1000
 
 
 def _insert_and_wait(writer: Connection, reader: Connection, text: str) -> float:
@@ -139,13 +127,13 @@ def _section(
         "committed vector, which is never too short. The overhead is commit to visible minus the "
         "**median** encode of one text, which has the same texts at the same gaps, in blocks of "
         f"{_BLOCK} in turn with the inserts: bare, that is `SentenceTransformer.encode([text])` on "
-        "torch in a process that does nothing else, and in the same way the service's own engine.",
+        "torch, and the service's own engine, each in a process that does nothing else.",
         ("milliseconds", "p50", "p99", "max"),
         (
             ("commit to visible", *_visible(visible, TARGETS.get(engine, ()))),
             ("bare `encode`", *_milliseconds(bare)),
             ("the engine's encode", *_milliseconds(own)),
-            _overhead("bare `encode`", visible, bare),
+            _overhead("bare `encode`", visible, bare, has_target=engine == TORCH),
             _overhead("the engine's", visible, own),
             _percentile_by_percentile("bare `encode`", visible, bare),
             _percentile_by_percentile("the engine's", visible, own),
@@ -164,11 +152,14 @@ def _visible(visible: Sequence[float], targets: Sequence[float]) -> list[str]:
     return cells
 
 
-def _overhead(name: str, visible: Sequence[float], encode: Sequence[float]) -> tuple[str, ...]:
+def _overhead(
+    name: str, visible: Sequence[float], encode: Sequence[float], *, has_target: bool = True
+) -> tuple[str, ...]:
+    """A target is for the encode of the same engine."""
     middle = float(np.median(encode))
     overheads = [value - middle for value in quantiles(visible)]
     cells = (
-        f"{value:.2f} ({at_most(value, target)})"
+        f"{value:.2f}" + (f" ({at_most(value, target)})" if has_target else "")
         for value, target in zip(overheads, OVERHEAD_TARGETS, strict=True)
     )
     return (f"**overhead** over {name} ({middle:.2f})", *cells)

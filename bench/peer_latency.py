@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 
-from bench import systems
+from bench import apart, systems
 from bench.cluster import Cluster
-from bench.latency import OVERHEAD_TARGETS, TARGETS, bare_encode, measure, quantiles
+from bench.latency import OVERHEAD_TARGETS, TARGETS, measure, quantiles
 from bench.models import Model
 from bench.report import at_most
 from bench.rows import Row
@@ -20,11 +21,11 @@ _FAST = f"{LISTENER}, {OPENVINO}"
 def rows(cluster: Cluster, model: Model, tested: Sequence[System], inserts: int) -> list[Row]:
     """p50 and p99, each beside that of a bare `encode` at the same gaps."""
     texts = random_texts(inserts, seed=7)
-    bare = bare_encode(model)
     samples: dict[str, list[list[float]]] = {}
-    for system in tested:
-        systems.prepare(system, model.directory)
-        samples[system.name] = measure(cluster, system, model, texts, [bare])
+    with apart.timed(partial(apart.bare, model.directory)) as bare:
+        for system in tested:
+            systems.prepare(system, model.directory)
+            samples[system.name] = measure(cluster, system, model, texts, [bare])
     return [_row(model, samples, place, name) for place, name in enumerate(("p50", "p99"))]
 
 

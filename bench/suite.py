@@ -130,7 +130,8 @@ def _sections(cluster: Cluster, sizes: Sizes) -> Iterator[Section]:
         yield drain.run(cluster, model, sizes.texts, sizes.drain_rounds, engine)
         yield footprint.run(cluster, model, sizes.idle_seconds, engine)
     yield precision.run(find_model(MINILM, cluster.folder), sizes.sample)
-    yield devices.run(cluster, find_model(MINILM, cluster.folder), sizes.sample)
+    for engine in systems.engines():
+        yield devices.run(cluster, find_model(MINILM, cluster.folder), sizes.sample, engine)
     yield trigger_parts.run(cluster, trigger_parts.CLIENTS, sizes.seconds, sizes.writer_rounds)
     yield writes.run(cluster, sizes.rows, sizes.filled)
     yield health.backlog(cluster, sizes.backlog)

@@ -75,12 +75,12 @@ def section(samples: Sequence[Sample], seconds: int, model: Model | None = None)
     rounds = 1 + max(sample.round for sample in samples)
     measured = dict.fromkeys((sample.clients, sample.variant) for sample in samples)
     workers = (
-        "The workers encode with a model that takes all the processor that it gets, and with "
-        "torch. The listener has nice 10, which it takes by itself."
+        "The workers encode with a model that takes all the processor that it gets, and with torch."
         if model
-        else "The workers have a static-embedding model, which costs next to nothing. The "
-        "listener's trigger alone runs with its gate open, that is, without NOTIFY. Peers other "
-        f"than the plain recipe from {MANY_CLIENTS} clients on."
+        else "The workers have a static-embedding model, which costs next to nothing; the listener "
+        "computes it by itself, the others call the library. The listener's trigger alone runs "
+        "with its gate open, that is, without NOTIFY. Peers other than the plain recipe from "
+        f"{MANY_CLIENTS} clients on."
     )
     return Section(
         f"Writers, model {model.name}" if model else "Writers",
@@ -88,7 +88,8 @@ def section(samples: Sequence[Sample], seconds: int, model: Model | None = None)
         "in turn, each on a database of its own, all on one server, on the same cores as pgbench "
         "and the workers. Where the trigger is not said to be alone, the system's worker runs, "
         "started before each of its runs, ended after it. tps is the median of the rounds; a ratio "
-        f"is the median of the rounds' ratios. {workers}",
+        f"is the median of the rounds' ratios. {workers} The listener has nice 10, which it takes "
+        "by itself; the others have none.",
         ("clients", "variant", "tps", "of no trigger", "of plain recipe", "target", "embedded/s"),
         tuple(_cells(samples, *one, has_target=model is None) for one in measured),
         (
