@@ -112,6 +112,9 @@ class OpenVinoEmbedder:
             self._request = _compile(core, directory, files.precision).create_infer_request()
             self._require_known_vectors(manifest, _LEAST_COSINE[files.precision])
             self._helpers = HelperThreads(lambda: self._compute(manifest["texts"][:1]))
+        except MemoryError:
+            # There may be some when it is started again.
+            raise
         except Exception as error:
             # Both libraries raise bare RuntimeError and Exception.
             raise ConfigError(

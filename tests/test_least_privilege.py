@@ -143,7 +143,7 @@ def refused(conn: Connection) -> set[str]:
     """The names of the runtime statements for which the worker lacks a right."""
     vector = np.zeros(384, np.float32)
     parameters = {**_PARAMETERS, "embedding": vector, "embeddings": [vector]}
-    statements = {name: text for name, text in vars(queries).items() if name.isupper()}
+    statements = {name: text for name, text in vars(queries).items() if name[0].isupper()}
     lacking = set()
     for name, text in statements.items():
         try:
