@@ -26,7 +26,7 @@ from listener.console import (
     say,
     stop_on_signals,
 )
-from listener.database import Connection, connect, read_clock
+from listener.database import Connection, cause_of, connect, read_clock
 from listener.errors import ConfigError, EncoderLost, SchemaError, StatementTimeout
 from listener.logs import configure_logs
 from listener.model import fetch, locate
@@ -42,7 +42,6 @@ _NICE = 10
 # The demo has a database, a model and a log level of its own; a backfill is told how much.
 _OF_THE_DEMO = {"database_url", "embedding_model", "embedding_revision", "log_level"}
 _DEMO = ("demo_dir", *(name for name in SERVICE if name not in _OF_THE_DEMO))
-_UNDO_BACKFILL = "Nothing to undo; embeddings of a text are the same however often it is embedded."
 _BACKFILL = (*(name for name in SERVICE if name != "backfill_last_n"), "reports_dir")
 
 
@@ -128,21 +127,26 @@ def backfill_command(
         if problem := other_model(read_workers(conn), model):
             raise ConfigError(problem)
         before = count_pending(conn)
-        stop, steps, left = stop_on_signals(), list[str](), "?"
+        stop, steps = stop_on_signals(), list[str]()
         try:
             _queue(queue_events(Queue(conn, settings, None), model, last, moment), stop, steps)
             if everything and not stop.is_set():
                 steps.append(_delete_orphans(conn))
             steps.append(_drain(conn, settings, stop, work=work))
-            left = str(count_pending(conn))
+            left = count_pending(conn)
         except Exception as error:
-            steps.append(f"ended by an error: {error}")
+            # Much may be queued; but what ended it is told, whatever becomes of the report.
+            with suppress(ConfigError):
+                cause = f"ended by an error: {cause_of(error)}"
+                write_report(settings, _backfill_report(before, [*steps, cause], "?"))
             raise
-        finally:
-            # Also after an error: much may be queued.
-            after = [f"pending: {left}"]
-            report = Report("backfill", [f"pending: {before}"], steps, after, _UNDO_BACKFILL)
-            say(f"{left} pending; report in {write_report(settings, report)}")
+    path = write_report(settings, _backfill_report(before, steps, left))
+    say(f"{left} pending; report in {path}")
+
+
+def _backfill_report(before: int, steps: Sequence[str], left: int | str) -> Report:
+    undo = "Nothing to undo; embeddings of a text are the same however often it is embedded."
+    return Report("backfill", [f"pending: {before}"], steps, [f"pending: {left}"], undo)
 
 
 def _queue(pages: Iterator[Queued], stop: Stop, steps: list[str]) -> None:

@@ -205,9 +205,10 @@ def _load(path: Path) -> None:
             "often a quote is not closed"
         )
     # Or the file's would be passed by for an empty one, and another database taken.
-    for name in (spec.name.upper() for spec in fields(Settings)):
-        if not os.environ.get(name, " ").strip():
-            os.environ.pop(name, None)
+    ours = {spec.name.upper() for spec in fields(Settings)}
+    for name in [name for name, text in os.environ.items() if not text.strip()]:
+        if name in ours or name.startswith("PG"):
+            del os.environ[name]
     # As systemd reads it: a $ in a password is a $.
     load_dotenv(stream=StringIO(text), override=False, interpolate=False)
 

@@ -64,6 +64,7 @@ def convert(settings: Settings) -> Path:
     original = SentenceTransformersEmbedder(files)
     target = converted_directory(files, settings)
     # Or one conversion would take another's files away.
+    is_new = not settings.model_cache.exists()
     with alone(target.parent, partial(_not_writable, target.parent), waits=True):
         # One that was killed in its midst leaves its folder.
         for left in target.parent.glob(f"{_UNFINISHED}*"):
@@ -72,13 +73,14 @@ def convert(settings: Settings) -> Path:
             _replace(target, original, files)
             # Fills the cache of compiled kernels, which knows the model by its path.
             OpenVinoEmbedder(files, target)
-    _open_to_others(target)
+    opened = [settings.model_cache] if is_new else []
+    # The service may run under another account, whatever the umask here.
+    _open_to_others(*opened, target.parent, target, *target.rglob("*"))
     return target
 
 
-def _open_to_others(target: Path) -> None:
-    """The service may run under another account, whatever the umask here."""
-    for path in (target.parent, target, *target.rglob("*")):
+def _open_to_others(*paths: Path) -> None:
+    for path in paths:
         # What somebody else has made is theirs to open.
         with suppress(OSError):
             path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))

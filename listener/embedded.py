@@ -69,6 +69,8 @@ class Server:
         try:
             self._run("pg_ctl", "-w", "-l", str(log), "-o", " ".join(flags), "start")
         except ConfigError as error:
+            if not log.is_file():
+                raise
             # What pg_ctl itself says is no more than that it failed.
             reason = log.read_text("utf-8", "replace").splitlines()[-_LAST_LINES:]
             raise ConfigError("\n".join([f"{error} {log} ends with:", *reason])) from None

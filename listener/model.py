@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -130,6 +131,9 @@ def fetch(settings: Settings) -> Path:
             f"({reason}); check the name, the revision, the way to the hub and the disk"
         ) from error
     _require_modules(found)
+    # The client closes it to others, and the service may run under another account.
+    with suppress(OSError):
+        _listing(found).chmod(0o644)
     return found
 
 
@@ -142,16 +146,24 @@ def _pinned_snapshot(settings: Settings) -> Path | None:
 
     if not re.fullmatch(r"[0-9a-f]{40}", settings.embedding_revision):
         return None
-    folder = "models--" + settings.embedding_model.replace("/", "--")
-    repository = Path(constants.HF_HUB_CACHE, folder)
-    found = repository / "snapshots" / settings.embedding_revision
-    return found if _is_complete(found, repository / "trees" / f"{found.name}.json") else None
+    repository = "models--" + settings.embedding_model.replace("/", "--")
+    found = Path(constants.HF_HUB_CACHE, repository, "snapshots", settings.embedding_revision)
+    try:
+        (found / "modules.json").stat()
+    except FileNotFoundError:
+        return None
+    return found if _is_complete(found) else None
 
 
-def _is_complete(snapshot: Path, listing: Path) -> bool:
+def _listing(snapshot: Path) -> Path:
+    """Where the client notes which files a commit has."""
+    return snapshot.parents[1] / "trees" / f"{snapshot.name}.json"
+
+
+def _is_complete(snapshot: Path) -> bool:
     """Whether all is there that the client noted at its download; False where it noted nothing."""
     try:
-        files = list(json.loads(listing.read_text("utf-8"))["files"])
+        files = list(json.loads(_listing(snapshot).read_text("utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return all(

@@ -450,12 +450,17 @@ where q.event_id = h.event_id
 
 # --- sweep -------------------------------------------------------------------------------------
 
-# Committed for good: what a crash of the server undid would not be missed, since the sweep goes on
-# with the next page.
+# Its commit waits for the disk: nobody would miss what a crash of the server undid, since the sweep
+# goes on with the next page.
 SWEEP = """
-select s.scanned, s.queued, s.next_from
-from pg_catalog.set_config('synchronous_commit', 'on', true),
-  listener.sweep(%(model)s, %(start)s, %(events)s, %(since)s) s
+select
+  s.scanned,
+  s.queued,
+  s.next_from,
+  case when pg_catalog.current_setting('synchronous_commit') = 'off'
+    then pg_catalog.set_config('synchronous_commit', 'local', true)
+  end
+from listener.sweep(%(model)s, %(start)s, %(events)s, %(since)s) s
 """
 
 # Parked events that were deleted.

@@ -40,16 +40,16 @@ def test_a_conversion_is_open_to_the_services_account_and_clears_up_after_a_kill
 ) -> None:
     """Whatever the umask of who converts."""
     settings = replace(converted, model_cache=tmp_path / "cache")
-    left = converted_directory(locate(settings), settings).parent / ".converting-killed" / "made"
-    left.mkdir(parents=True)
     former = os.umask(0o077)
     try:
         folder = convert(settings)
+        (folder.parent / ".converting-killed" / "made").mkdir(parents=True)
+        convert(settings)
     finally:
         os.umask(former)
 
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    made = [folder.parent, folder, *folder.rglob("*")]
+    made = [settings.model_cache, folder.parent, folder, *folder.rglob("*")]
     assert len(made) > 5
     assert all(path.stat().st_mode & 0o004 for path in made)
 
