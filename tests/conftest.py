@@ -22,7 +22,8 @@ import pytest
 from listener.config import GTE_SMALL_REVISION, Settings
 from listener.database import connect
 from listener.embedded import Server, binaries
-from tests.harness import Command, Database, environment, free_port, install_demo
+from tests.harness import Command, Database, Spawn, environment, free_port, install_demo
+from tests.own_server import MakeServer
 
 # A shell starts what it runs in the background with SIGINT ignored, and so would be what we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -79,7 +80,7 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def make_server(server: Server) -> Iterator[Callable[..., Server]]:
+def make_server(server: Server) -> Iterator[MakeServer]:
     """Servers of the test's own, to be broken; options as `-c` settings."""
     with ExitStack() as stack:
         yield partial(_make_server, stack, server.programs)
@@ -150,7 +151,7 @@ def database(
 
 
 @pytest.fixture
-def spawn(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+def spawn(tmp_path: Path) -> Iterator[Spawn]:
     """Start `listener` processes, or others of its kind; killed when the test ends."""
     started: list[Command] = []
 

@@ -6,6 +6,7 @@ import atexit
 import hashlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -261,6 +262,22 @@ class Database:
             "select m.event_id from public.event_embeddings m "
             "where not exists (select from public.iot_events e where e.id = m.event_id)"
         )
+        if model == TinyEmbedder.fingerprint:
+            self._assert_vectors()
+
+    def _assert_vectors(self) -> None:
+        """Current vectors of TinyEmbedder are those of their texts, not of a mate's."""
+        rows = self.rows(
+            "select t.text, m.embedding from public.iot_events e "
+            "join public.event_embeddings m on m.event_id = e.id and m.model = %s "
+            "cross join coalesce(listener.embedding_input(e.*), '') as t (text) "
+            "where m.content_hash = sha256(convert_to(t.text, 'UTF8')) "
+            # Of a longer one the model gets the beginning only.
+            "and length(t.text) <= 8192 limit 2000",
+            TinyEmbedder.fingerprint,
+        )
+        found = [(text, vector.to_numpy()) for text, vector in rows]
+        assert not [text for text, vector in found if not np.allclose(vector, vector_of(text))]
 
     def with_settings(self, **changes: Any) -> Database:
         """The same database under other settings."""
@@ -369,6 +386,14 @@ class Command:
     def end(self, number: int = signal.SIGTERM, seconds: float = 30.0) -> int:
         self.process.send_signal(number)
         return self.process.wait(seconds)
+
+    def encoded_texts(self) -> int:
+        """The sum of what its batches say they encoded."""
+        return sum(int(count) for count in re.findall(r"encoded=(\d+)", self.output()))
+
+
+# What the fixture `spawn` gives.
+Spawn = Callable[..., Command]
 
 
 def environment(settings: Settings, **variables: str) -> dict[str, str]:

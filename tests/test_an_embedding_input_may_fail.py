@@ -23,6 +23,14 @@ from tests.harness import (
     store,
     wait_until,
 )
+from tests.misbehaviour import (
+    SLOW,
+    change_sweep,
+    limit_statements,
+    replace_input,
+    replace_input_in_sql,
+    slow_down_writes,
+)
 
 MODEL = TinyEmbedder.fingerprint
 
@@ -49,37 +57,6 @@ FAILURES = {
 }
 
 
-def replace_input(database: Database, on_bad: str, volatility: str = "stable") -> None:
-    """The text is the message, or what `on_bad` does."""
-    database.rows(
-        f"""
-        create or replace function listener.embedding_input(event public.iot_events)
-        returns text
-        language plpgsql
-        {volatility}
-        set search_path = ''
-        as $$
-        declare
-          v_text text;
-        begin
-          if event.message = 'bad' then
-            {on_bad};
-          else
-            return event.message;
-          end if;
-        end
-        $$
-        """
-    )
-
-
-def limit_statements(monkeypatch: pytest.MonkeyPatch, limit: str, instead: str = "8s") -> None:
-    """Of the service's sessions from here on; instead of 6s it is their wait for a lock."""
-    shorter = queries.SERVICE_SESSION.replace(f"'{instead}'", f"'{limit}'")
-    assert shorter != queries.SERVICE_SESSION
-    monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
-
-
 @pytest.fixture
 def service_session(database: Database) -> Iterator[Connection]:
     """As the service's, but that a statement may take a second only."""
@@ -95,13 +72,22 @@ def queue(database: Database, service_session: Connection) -> Queue:
     return Queue(service_session, database.settings, worker=1)
 
 
-@pytest.mark.parametrize("name", [*FAILURES, "FunctionExecutedNoReturnStatement"])
+@pytest.mark.parametrize(
+    ("name", "language"),
+    [
+        *((name, "plpgsql") for name in (*FAILURES, "FunctionExecutedNoReturnStatement")),
+        ("DivisionByZero", "sql"),
+    ],
+)
 def test_an_event_that_it_fails_on_is_parked_and_its_mates_are_stored(
-    database: Database, name: str
+    database: Database, name: str, language: str
 ) -> None:
     """Whatever the error: no writer fails, no connection is given up, no process ends."""
-    # Without a `return` on its way a function of plpgsql fails at its end.
-    replace_input(database, FAILURES.get(name, "null"))
+    if language == "sql":
+        replace_input_in_sql(database)
+    else:
+        # Without a `return` on its way a function of plpgsql fails at its end.
+        replace_input(database, FAILURES.get(name, "null"))
     database = database.with_settings(max_attempts=1)
 
     first, bad, *more = database.insert("first", "bad", "second", "third")
@@ -117,30 +103,6 @@ def test_an_event_that_it_fails_on_is_parked_and_its_mates_are_stored(
     assert all(row[6].startswith(f"embedding_input: {name}") for row in database.queue())
     # Of the text before, until the event can be embedded again.
     assert set(database.embedded()) == {first, *more, edited}
-
-
-def test_a_row_whose_embedding_input_raises_is_parked_and_its_mates_are_stored(
-    database: Database,
-) -> None:
-    """An operator's function may fail on some rows; it fails no writer and no batch."""
-    database.rows(
-        """
-        create or replace function listener.embedding_input(event public.iot_events)
-        returns text language sql stable set search_path = ''
-        as $$ select (1 / (case when event.message = 'bad' then 0 else 1 end))::text $$
-        """
-    )
-    database = database.with_settings(max_attempts=2)
-
-    bad, good = database.insert("bad", "good")
-    with serving(database):
-        wait_until(lambda: any(row[5] for row in database.queue()))
-        database.rows("update public.iot_events set message = 'bad'")
-        wait_until(lambda: sum(row[5] for row in database.queue()) == 2)
-
-    assert [row[0] for row in database.queue()] == [bad, good]
-    assert "division by zero" in database.queue()[0][6]
-    assert set(database.embedded()) == {good}
 
 
 def test_a_right_that_is_missing_is_no_events_fault(database: Database, queue: Queue) -> None:
@@ -191,16 +153,7 @@ def test_events_that_together_take_too_long_are_written_in_parts(
     database: Database, queue: Queue
 ) -> None:
     """As into a large vector index on a slow disk; else they would be encoded again and again."""
-    database.rows(
-        """
-        create function public.be_slow() returns trigger language plpgsql
-        as $$ begin perform pg_sleep(0.2); return new; end $$
-        """
-    )
-    database.rows(
-        "create trigger slow before insert on public.event_embeddings "
-        "for each row execute function public.be_slow()"
-    )
+    slow_down_writes(database, 0.2)
     ids = database.insert(*map(str, range(8)))
     claim = claimed(queue)
 
@@ -371,30 +324,7 @@ def test_a_sweep_whose_pages_take_as_long_whatever_their_size_takes_large_ones(
     assert pages.count(64) >= 2
 
 
-_OTHER_SWEEP = """
-alter function listener.sweep(text, text, integer, timestamptz) rename to real_sweep;
-create function listener.sweep(p_model text, p_from text, p_limit integer, p_since timestamptz)
-returns table (scanned bigint, queued bigint, next_from text)
-language plpgsql
-as $$
-begin
-  if @condition@ then
-    @deed@;
-  end if;
-  return query select * from listener.real_sweep(p_model, p_from, p_limit, p_since);
-end
-$$
-"""
-# As where each page sorts the whole table.
-_SLOW = "perform pg_sleep(9)"
-
-
-def change_sweep(database: Database, condition: str, deed: str = _SLOW) -> None:
-    """What a page comes to where the condition holds."""
-    database.rows(_OTHER_SWEEP.replace("@condition@", condition).replace("@deed@", deed))
-
-
-@pytest.mark.parametrize("deed", [_SLOW, "raise data_corrupted", "raise invalid_datetime_format"])
+@pytest.mark.parametrize("deed", [SLOW, "raise data_corrupted", "raise invalid_datetime_format"])
 def test_a_sweep_that_fails_whatever_it_reads_is_given_up_until_the_next(
     database: Database,
     monkeypatch: pytest.MonkeyPatch,

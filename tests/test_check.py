@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,18 +18,17 @@ import pytest
 from listener.checks import run_checks
 from listener.checks_link import is_over_a_network
 from listener.config import Settings
-from listener.database import connect
 from listener.embedded import Server
 from listener.finding import Finding
 from tests.harness import (
     Database,
     TinyEmbedder,
     environment,
-    install_demo,
     listener,
     serving,
     wait_until,
 )
+from tests.own_server import MakeServer, become_standby, installed
 from tests.pooler import needs_pgbouncer, pooled
 
 NAMES = [
@@ -132,17 +131,12 @@ def test_polling_on_purpose_passes(static: Database) -> None:
     assert "polls" in findings(static.with_settings(notify="never"))["notify"].detail
 
 
-def test_a_standby_fails(make_server: Callable[..., Server], static_model: Path) -> None:
+def test_a_standby_fails(make_server: MakeServer, static_model: Path) -> None:
     """It can be read, but neither claimed nor listened on."""
-    standby = make_server("wal_level=replica")
-    settings = Settings(database_url=standby.url(), embedding_model=str(static_model))
-    with connect(settings, "listener-test") as conn:
-        install_demo(conn)
-    standby.stop()
-    signal_file = standby.home / "data" / "standby.signal"
-    signal_file.touch()
-    shutil.chown(signal_file, (standby.home / "data").owner())
-    standby.start()
+    server = make_server("wal_level=replica")
+    with installed(server, Settings(embedding_model=str(static_model))) as database:
+        settings = database.owner
+    become_standby(server)
 
     found = list(run_checks(settings))
 

@@ -19,23 +19,21 @@ from uuid import UUID
 import pytest
 
 from listener.config import MOST_EVENTS, Settings
-from listener.database import connect
-from listener.embedded import Server
 from listener.errors import ConfigError
 from listener.model import locate
 from listener.report import Report, require_reports_dir, write_report
 from listener.search import describe
 from tests.harness import (
-    Command,
     Database,
+    Spawn,
     TinyEmbedder,
     environment,
-    install_demo,
     listener,
     serving,
     wait_until,
 )
-from tests.test_an_embedding_input_may_fail import change_sweep
+from tests.misbehaviour import change_sweep
+from tests.own_server import MakeServer, installed
 from tests.test_install import install_in, with_events
 
 
@@ -67,7 +65,7 @@ def test_a_worker_is_listed_while_it_lives(database: Database) -> None:
 
 
 def test_shell_and_database_change_neither_a_text_nor_what_a_command_can_read(
-    static: Database, spawn: Callable[..., Command]
+    static: Database, spawn: Spawn
 ) -> None:
     """Encoding and style of dates are the listener's own in each of its sessions."""
     static.rows(f"alter database {static.conn.info.dbname} set datestyle = 'German'")
@@ -222,9 +220,7 @@ def test_backfill_works_by_itself_reports_and_is_harmless_twice(static: Database
     assert len(list(static.settings.reports_dir.glob("*_backfill.md"))) == 2
 
 
-def test_backfill_does_not_wait_for_what_came_after_it(
-    static: Database, spawn: Callable[..., Command]
-) -> None:
+def test_backfill_does_not_wait_for_what_came_after_it(static: Database, spawn: Spawn) -> None:
     """Where devices never rest, something always waits."""
     static.insert("a", "b")
     embedder = TinyEmbedder(fingerprint=locate(static.settings).fingerprint)
@@ -297,7 +293,7 @@ def test_a_backfill_that_may_not_look_for_orphans_follows_all_the_same(static: D
 
 
 def test_a_backfill_that_is_stopped_while_it_queues_reports_what_it_did(
-    static: Database, spawn: Callable[..., Command]
+    static: Database, spawn: Spawn
 ) -> None:
     """The page in hand is finished; run again, it goes on."""
     static.insert(*map(str, range(5000)))
@@ -329,24 +325,22 @@ def test_backfill_without_a_service_says_who_could_work(static: Database) -> Non
 
 
 def test_a_backfill_that_loses_its_connection_takes_its_worker_along(
-    static: Database, make_server: Callable[..., Server], spawn: Callable[..., Command]
+    static: Database, make_server: MakeServer, spawn: Spawn
 ) -> None:
     """While the database stays away, that would look for it for ever."""
     server = make_server()
-    settings = replace(static.settings, database_url=server.url())
-    with connect(settings, "listener-test") as conn:
-        install_demo(conn)
-        Database(settings, conn, settings).insert("a")
-        conn.execute("begin; lock table public.event_embeddings in share row exclusive mode")
-        backfill = spawn(settings, "backfill", "--last", "1", "--work")
+    with installed(server, static.settings) as database:
+        database.insert("a")
+        database.rows("begin; lock table public.event_embeddings in share row exclusive mode")
+        backfill = spawn(database.owner, "backfill", "--last", "1", "--work")
         backfill.wait_for("1 pending")
 
         server.stop("immediate")
-        conn.close()
+        database.conn.close()
 
         wait_until(lambda: backfill.process.poll() is not None)
     assert backfill.process.returncode == 2
-    (report,) = settings.reports_dir.glob("*_backfill.md")
+    (report,) = database.settings.reports_dir.glob("*_backfill.md")
     assert re.search(r"queued 0\n- ended by an error: .", report.read_text())
 
 

@@ -18,7 +18,7 @@ from listener.embedder import load_embedder
 from listener.engine_openvino import converted_directory
 from listener.errors import ConfigError
 from listener.model import locate
-from tests.harness import Command, listener
+from tests.harness import Spawn, listener
 from tests.test_engines import chosen
 
 # --- conversion ----------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def test_a_conversion_is_open_to_the_services_account_and_clears_up_after_a_kill
 
 
 def test_conversions_at_once_all_leave_the_model(
-    converted: Settings, tmp_path: Path, spawn: Callable[..., Command]
+    converted: Settings, tmp_path: Path, spawn: Spawn
 ) -> None:
     """None takes another's files away."""
     settings = replace(converted, model_cache=tmp_path)

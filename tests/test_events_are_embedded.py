@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from tests.harness import Database, TinyEmbedder, is_asleep, serving, vector_of, wait_until
 
@@ -81,13 +82,21 @@ def test_identical_texts_are_encoded_once(database: Database) -> None:
     assert len(database.embedded()) == 52
 
 
-def test_null_and_empty_texts_get_a_vector_too(database: Database) -> None:
-    """An event without a message is an event all the same."""
-    with serving(database):
-        database.insert(None, "")
-        database.wait_for_rest()
+@pytest.mark.parametrize(
+    "message",
+    [None, "", "pump " * 200_000, "🚰" * 5_000],
+    ids=["null", "empty", "a megabyte", "all emoji"],
+)
+def test_a_text_of_any_size_and_script_gets_its_vector(
+    database: Database, message: str | None
+) -> None:
+    """At the first attempt; an event without a message is an event all the same."""
+    with serving(database.with_settings(max_attempts=1)):
+        database.insert(message)
+        wait_until(database.embedded)
 
-    assert len(database.embedded()) == 2
+    assert database.queue() == []
+    database.assert_invariant()
 
 
 def test_a_large_copy_is_embedded_whole(database: Database) -> None:

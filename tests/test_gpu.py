@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from listener.config import GTE_SMALL_REVISION, Settings
 from listener.convert import convert
 from listener.embedder import load_embedder
-from tests.harness import Command, Database, listener, wait_until
+from tests.harness import Database, Spawn, listener, wait_until
 from tests.test_engines import EXACT, encoded, least_cosine, mixed_texts
 
 pytestmark = pytest.mark.gpu
@@ -62,7 +61,7 @@ def test_a_model_is_converted_beside_a_gpu_which_auto_takes_all_the_same(
 
 
 def test_the_service_embeds_on_the_gpu_that_check_names(
-    database: Database, model: Path, spawn: Callable[..., Command]
+    database: Database, model: Path, spawn: Spawn
 ) -> None:
     """From the insert to the vector, with real processes."""
     database = database.with_settings(embedding_model=str(model))

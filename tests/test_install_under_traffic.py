@@ -16,7 +16,7 @@ from listener import cli, install, patience
 from listener.catalogue import read_facts
 from listener.config import Settings
 from listener.counters import counters
-from tests.harness import Command, Database, serving, wait_until
+from tests.harness import Database, Spawn, serving, wait_until
 from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
 from tests.test_writers_are_safe import insert
 
@@ -296,7 +296,7 @@ def test_an_upgrade_with_live_workers_loses_nothing(database: Database) -> None:
 
 
 def test_an_uninstall_under_traffic_ends_the_service_and_no_writer(
-    database: Database, static_model: Path, spawn: Callable[..., Command]
+    database: Database, static_model: Path, spawn: Spawn
 ) -> None:
     """The service ends with exit 3 and one clear line; devices write on."""
     settings = replace(database.settings, embedding_model=str(static_model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +30,9 @@ from tests.harness import (
     serving,
     wait_until,
 )
+from tests.own_server import MakeServer
 from tests.test_docs import ARCHITECTURE, table
 from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
-
-MakeServer = Callable[..., Server]
 
 # Every right on an object of ours, but for those of its owner.
 GRANTS = """

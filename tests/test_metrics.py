@@ -26,11 +26,18 @@ from listener.embedded import Server
 from listener.endpoint import _Handler, _listen, start_endpoint
 from listener.errors import ConfigError
 from listener.metrics import make_registry
-from tests.harness import DEADLINE_SECONDS, Command, Database, free_port, listener, wait_until
+from tests.harness import (
+    DEADLINE_SECONDS,
+    Command,
+    Database,
+    Spawn,
+    free_port,
+    listener,
+    wait_until,
+)
 from tests.proxy import Proxy, proxied
 from tests.test_docs import README, ROOT, table
 
-Spawn = Callable[..., Command]
 MONITORING = ROOT / "systemd" / "monitoring"
 PASSWORD = "hunter2-s3cret"  # noqa: S105  a password to look for
 
@@ -186,7 +193,7 @@ def test_an_event_of_a_dead_worker_is_a_lease_expiry(
     doomed.worker.wait_for("event=encoding_slowly")
     os.kill(doomed.worker.process.pid, signal.SIGKILL)
 
-    heir = watch(database, HURRY="1")
+    heir = watch(database, SLOW_SECONDS="0")
 
     wait_until(database.embedded)
     wait_until(lambda: heir.value("listener_lease_expiries_total") == 1)
@@ -307,12 +314,17 @@ def test_a_loop_that_hangs_is_not_healthy(
     assert endpoint.worker.process.poll() is None
 
 
-def test_without_a_port_nothing_listens(database: Database, spawn: Spawn) -> None:
-    """Off by default."""
+def test_without_a_port_nothing_listens(
+    database: Database, spawn: Spawn, watch: Callable[..., Endpoint]
+) -> None:
+    """Off by default; where it is on, it is seen by the same look."""
     worker = spawn(database.settings, "run", module="tests.tiny_worker")
     worker.wait_for("event=listening")
+    endpoint = watch(database)
 
     assert listening_sockets(worker.process.pid) == []
+    (address,) = listening_sockets(endpoint.worker.process.pid)
+    assert address.endswith(f":{endpoint.port:04X}")
 
 
 def test_without_a_port_nothing_is_imported() -> None:

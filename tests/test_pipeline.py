@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from listener.pipeline import Pipeline
 from listener.queue import Queue
 from listener.stop import Stop
 from tests.harness import Database, TinyEmbedder, serving, wait_until
-from tests.test_an_embedding_input_may_fail import limit_statements, replace_input
+from tests.misbehaviour import limit_statements, replace_input
 
 
 @contextmanager
@@ -101,14 +102,15 @@ def test_leases_hold_while_it_is_found_out_which_event_takes_too_long(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a peer would claim its mates as a dead worker's, and encode them again."""
-    limit_statements(monkeypatch, "0.5s")
+    # Six times, longer than the lease holds; once, and a third of it, by far not so long.
+    limit_statements(monkeypatch, "1.5s")
     replace_input(database, "perform pg_catalog.pg_sleep(9)")
     bad, *mates = database.insert("bad", *map(str, range(31)))
-    database = database.with_settings(lease_seconds=1.0, max_attempts=1, backfill_last_n=0)
+    database = database.with_settings(lease_seconds=6.0, max_attempts=1, backfill_last_n=0)
     before = counters.lease_expiries
 
     with serving(database), serving(database):
-        wait_until(lambda: [row[0] for row in database.queue() if row[5]] == [bad])
+        wait_until(lambda: [row[0] for row in database.queue() if row[5]] == [bad], 60)
         wait_until(lambda: database.embedded().keys() == set(mates))
 
     assert counters.lease_expiries == before
@@ -128,11 +130,14 @@ def test_a_claim_of_events_that_are_gone_makes_the_next_no_smaller(database: Dat
     assert len(rounds) == 4
 
 
+@dataclass
 class Slow(TinyEmbedder):
-    """Takes most of the second that a batch may take, or a lease holds."""
+    """Takes its time for each batch."""
+
+    seconds: float = 0.7
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        time.sleep(0.7)
+        time.sleep(self.seconds)
         return super().encode(texts)
 
 
@@ -153,11 +158,11 @@ def test_no_lease_of_what_is_written_is_extended(
 
 def test_a_batch_is_not_blamed_for_the_time_of_the_one_before(database: Database) -> None:
     """Two slow ones, one after the other, are no hang."""
-    database.insert("a", "b", "c")
-    database = database.with_settings(encode_seconds=1.0, batch_events=1)
+    database.insert("a", "b")
+    database = database.with_settings(encode_seconds=5.5, batch_events=1)
 
-    with draining(database, Slow()) as drain:
-        assert drain(lambda: None) == 3
+    with draining(database, Slow(seconds=3.0)) as drain:
+        assert drain(lambda: None) == 2
 
 
 def test_what_a_hung_model_has_not_begun_is_given_back(database: Database) -> None:

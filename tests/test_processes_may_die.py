@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from functools import partial
-from itertools import count
 
 import pytest
 
-from tests.harness import Command, Database, TinyEmbedder, listener, wait_until
+from listener.pipeline import _FIRST_CLAIM
+from tests.harness import Command, Database, Spawn, TinyEmbedder, listener, wait_until
 from tests.tiny_worker import STEPS
 
-Spawn = Callable[..., Command]
 _TINY = "tests.tiny_worker"
 
 
@@ -31,7 +30,7 @@ def start(spawn: Spawn, database: Database, **variables: str) -> Command:
 
 
 def start_with_claim(spawn: Spawn, database: Database) -> Command:
-    """A worker that has just claimed the only event and encodes it for two seconds."""
+    """A worker that has just claimed the only event and encodes it for seconds."""
     worker = start(spawn, database)
     worker.wait_for("event=listening")
     database.insert("slow")
@@ -57,8 +56,15 @@ def newest_lease(database: Database) -> int:
     return int(database.value("select coalesce(max(lease), 0) from listener.queue"))
 
 
-def _has_newer_lease(database: Database, lease: int) -> bool:
-    return newest_lease(database) > lease
+def _is_claimed(database: Database, lease: int, attempts: int) -> bool:
+    """Whether an event has a newer lease, and was claimed at least so often."""
+    return bool(
+        database.value(
+            "select count(*) from listener.queue where lease > %s and attempts >= %s",
+            lease,
+            attempts,
+        )
+    )
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -88,7 +94,7 @@ def test_a_peer_takes_over_from_a_killed_worker_long_before_the_lease_ends(
     victim = start_with_claim(spawn, database)
     # Else it would be done before its peer is there.
     victim.process.send_signal(signal.SIGSTOP)
-    start(spawn, database).wait_for("event=listening")
+    start(spawn, database, SLOW_SECONDS="0").wait_for("event=listening")
 
     victim.end(signal.SIGKILL)
 
@@ -104,7 +110,7 @@ def test_a_stopped_worker_keeps_its_claim_until_the_lease_ends_and_is_fenced_aft
     zombie = start_with_claim(spawn, database)
     first_lease = newest_lease(database)
     zombie.process.send_signal(signal.SIGSTOP)
-    start(spawn, database).wait_for("event=listening")
+    start(spawn, database, SLOW_SECONDS="0").wait_for("event=listening")
 
     wait_until(lambda: newest_lease(database) > first_lease)
     database.rows("update public.iot_events set message = 'another'")
@@ -114,6 +120,26 @@ def test_a_stopped_worker_keeps_its_claim_until_the_lease_ends_and_is_fenced_aft
     zombie.wait_for("outdated=1")
 
     assert database.rows("select xmin from public.event_embeddings") == written
+    database.assert_invariant()
+
+
+def test_a_worker_ended_by_a_signal_in_mid_batch_encodes_nothing_that_is_encoded_again(
+    database: Database, spawn: Spawn
+) -> None:
+    """SIGTERM: the batch in hand is finished and stored, the rest is left to the next worker."""
+    events = 64
+    database.insert(*(f"slow {number}" for number in range(events)))
+    ended = start(spawn, database, BATCH_EVENTS="16", SLOW_SECONDS="2")
+    ended.wait_for("event=encoding_slowly")
+
+    assert ended.end(signal.SIGTERM) == 0
+    stored = len(database.embedded())
+    again = start(spawn, database, SLOW_SECONDS="0")
+    wait_until(lambda: len(database.embedded()) == events)
+    assert again.end(signal.SIGTERM) == 0
+
+    assert [one.encoded_texts() for one in (ended, again)] == [stored, events - stored]
+    assert 0 < stored < events
     database.assert_invariant()
 
 
@@ -151,16 +177,17 @@ def test_innocent_events_survive_more_deaths_than_they_have_attempts(
 ) -> None:
     """A worker killed again and again for reasons of its own parks nothing."""
     database = database.with_settings(lease_seconds=300.0)
-    numbers = count()
-    for _ in range(7):
+    ids = []
+    for number in range(7):
         last = newest_lease(database)
         worker = start(spawn, database)
-        database.insert(*(f"slow {next(numbers)}" for _ in range(100)))
-        wait_until(partial(_has_newer_lease, database, last))
+        # A full claim, so that while it is encoded those whose worker died are claimed as well.
+        ids += database.insert(*(f"slow {number}, {mate}" for mate in range(_FIRST_CLAIM)))
+        wait_until(partial(_is_claimed, database, last, attempts=min(number + 1, 2)))
         worker.end(signal.SIGKILL)
 
-    start(spawn, database, HURRY="1")
-    wait_until(lambda: len(database.embedded()) == 700, 60)
+    start(spawn, database, SLOW_SECONDS="0")
+    wait_until(lambda: database.embedded().keys() == set(ids), 60)
 
     assert database.queue() == []
     database.assert_invariant(TinyEmbedder.fingerprint)

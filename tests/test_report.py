@@ -6,13 +6,12 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from listener.html_report import render_report
-from tests.harness import Command, Database, listener, wait_until
+from tests.harness import Database, Spawn, listener, wait_until
 
 _BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 _SCRIPT = "<script>alert(1)</script>"
@@ -150,7 +149,7 @@ def test_without_created_at_the_report_says_so(static: Database) -> None:
     assert "1 in the busiest second" in text
 
 
-def test_a_long_report_ends_with_ctrl_c(static: Database, spawn: Callable[..., Command]) -> None:
+def test_a_long_report_ends_with_ctrl_c(static: Database, spawn: Spawn) -> None:
     """Its statement, too."""
     embed(static, "a")
     static.rows(

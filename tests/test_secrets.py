@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,8 @@ import pytest
 from listener import cli
 from listener.config import Settings
 from listener.embedded import Server
-from tests.harness import Command, Database, environment, listener
+from tests.harness import Database, Spawn, environment, listener
+from tests.own_server import MakeServer
 from tests.test_docs import COMMANDS
 
 # Each part of a password gives it away. The second one's characters read differently in a URL, in
@@ -85,7 +86,7 @@ def secretive(static: Database, tmp_path: Path) -> Iterator[tuple[Settings, dict
 
 @pytest.mark.parametrize("reaches", [True, False], ids=["server", "no server"])
 def test_no_command_shows_a_password(
-    secretive: tuple[Settings, dict[str, str]], spawn: Callable[..., Command], reaches: bool
+    secretive: tuple[Settings, dict[str, str]], spawn: Spawn, reaches: bool
 ) -> None:
     """Whether things go well or not."""
     settings, variables = secretive
@@ -121,7 +122,7 @@ def test_no_command_shows_a_password(
 
 
 def test_the_list_of_processes_shows_no_password(
-    secretive: tuple[Settings, dict[str, str]], spawn: Callable[..., Command]
+    secretive: tuple[Settings, dict[str, str]], spawn: Spawn
 ) -> None:
     """Neither ours nor the server's."""
     settings, variables = secretive
@@ -139,7 +140,7 @@ def test_the_list_of_processes_shows_no_password(
 
 
 @pytest.fixture
-def strict(make_server: Callable[..., Server]) -> Server:
+def strict(make_server: MakeServer) -> Server:
     """A server that asks for a password; it is IN_URL."""
     server = make_server()
     with psycopg.connect(server.url(), autocommit=True) as admin:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
 import socket
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +23,8 @@ from listener.sweep import Sweep
 from listener.upkeep import discard_parked
 from listener.wakeup import Wakeup
 from tests.harness import (
-    Command,
     Database,
+    Spawn,
     TinyEmbedder,
     is_asleep,
     listener,
@@ -35,8 +33,6 @@ from tests.harness import (
     wait_until,
 )
 
-Spawn = Callable[..., Command]
-
 _SERVICE_SESSIONS = """
 select count(*) from pg_stat_activity
 where datname = current_database() and application_name like 'listener-w%'
@@ -44,11 +40,6 @@ where datname = current_database() and application_name like 'listener-w%'
 _READ_WHOLE = """
 select seq_tup_read from pg_stat_user_tables where relid = 'public.iot_events'::regclass
 """
-
-
-def encoded_texts(output: str) -> int:
-    """The sum of what the batches say they encoded."""
-    return sum(int(count) for count in re.findall(r"encoded=(\d+)", output))
 
 
 def test_what_is_in_hand_when_a_connection_breaks_counts_as_never_claimed(
@@ -132,6 +123,8 @@ def test_the_wait_grows_where_each_session_fails_at_once(
         raise ConnectionLost("the disk is full")
 
     waits: list[float] = []
+    # However slow the machine is.
+    monkeypatch.setattr("listener.service._BRIEF_SECONDS", 3600.0)
     monkeypatch.setattr(Pipeline, "drain", fail)
     monkeypatch.setattr(random, "uniform", lambda least, _: least)
 
@@ -338,7 +331,7 @@ def test_a_killed_service_started_again_encodes_twice_only_what_was_in_flight(
 
     assert len(database.embedded()) == events
     assert database.queue() == []
-    assert encoded_texts(again.output()) == events - stored
+    assert again.encoded_texts() == events - stored
     model = database.value("select distinct model from public.event_embeddings")
     database.assert_invariant(model)
 
@@ -364,11 +357,13 @@ def test_the_sweep_has_its_turn_where_events_never_cease(
     """What no trigger saw would else not even be pending."""
     drain = Pipeline.drain
     monkeypatch.setattr(Pipeline, "drain", lambda *arguments: max(drain(*arguments), 1))
-    database.insert("a")
+    # The first page has its turn in any case.
+    monkeypatch.setattr("listener.sweep._PAGE", 1)
+    ids = database.insert("a", "b", "c")
     database.forget_queue()
 
     with serving(database):
-        wait_until(database.embedded)
+        wait_until(lambda: database.embedded().keys() == set(ids))
 
 
 def test_the_sweep_is_repeated_on_its_timer(database: Database) -> None:
@@ -452,8 +447,12 @@ def test_an_event_that_a_writer_holds_is_embedded_soon_after_it_lets_go(database
     assert len(embedder.encoded) == 1
 
 
-def test_events_given_back_by_a_stop_wake_a_sleeping_peer(database: Database) -> None:
+def test_events_given_back_by_a_stop_wake_a_sleeping_peer(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of two workers one goes; what it had not begun is not slept through by the other."""
+    # A beat would find what was given back, without being woken.
+    monkeypatch.setattr("listener.service.BEAT_SECONDS", 120.0)
     going, staying = TinyEmbedder(), TinyEmbedder()
     database = database.with_settings(batch_events=1)
     with serving(database, staying):

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +14,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from listener.config import Settings
-from listener.database import connect
 from listener.embedded import Server
 from tests.booted_systemd import DEPENDENCIES, SITE, CanNotBoot, Machine, booted, install_listener
-from tests.harness import Database, install_demo, wait_until
+from tests.harness import Database, wait_until
+from tests.own_server import MakeServer, installed
 from tests.proxy import proxied
 
 _ROOT = Path(__file__).parents[1]
@@ -352,14 +351,12 @@ def test_the_password_is_seen_by_nobody(unit: Unit, database: Database) -> None:
     assert not [text for text in shown if _PASSWORD in text]
 
 
-def test_a_password_may_come_as_a_credential(
-    unit: Unit, make_server: Callable[..., Server]
-) -> None:
+def test_a_password_may_come_as_a_credential(unit: Unit, make_server: MakeServer) -> None:
     """The drop-in of the README, with a server that asks for the password."""
     asking = make_server()
     url = f"postgresql://postgres@127.0.0.1:{asking.port}/postgres"
-    with connect(Settings(database_url=asking.url()), "listener-test") as conn:
-        install_demo(conn)
+    with installed(asking) as database:
+        conn = database.conn
         conn.execute(f"alter role postgres password '{_PASSWORD}'".encode())
         (asking.home / "data" / "pg_hba.conf").write_text(
             "local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
-from tests.test_processes_may_die import Spawn, start_with_claim
-from tests.test_the_database_may_fail import MakeServer, installed
+from tests.harness import Database, Spawn, TinyEmbedder, is_asleep, serving, wait_until
+from tests.own_server import MakeServer, installed
+from tests.test_processes_may_die import start_with_claim
 
 _LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 pytestmark = pytest.mark.skipif(_LIBRARY is None, reason="no libfaketime on this machine")

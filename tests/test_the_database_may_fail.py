@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,32 +13,25 @@ import pytest
 from numpy.typing import NDArray
 
 from listener import queries
-from listener.config import Settings
+from listener.counters import counters
 from listener.database import connect
-from listener.embedded import Server
 from listener.queue import Queue
-from tests.harness import Database, TinyEmbedder, install_demo, is_asleep, serving, wait_until
-
-MakeServer = Callable[..., Server]
-
-
-@contextmanager
-def installed(server: Server) -> Iterator[Database]:
-    """The demo's iot_events with the listener installed, in a server of the test's own."""
-    settings = Settings(database_url=server.url(), poll_seconds=120.0, retry_seconds=0.05)
-    with connect(settings, "listener-test") as conn:
-        install_demo(conn)
-        yield Database.owned(settings, conn)
+from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
+from tests.misbehaviour import limit_statements, lose_deadlocks, slow_down_writes
+from tests.own_server import MakeServer, become_standby, installed
 
 
-class CountingEmbedder(TinyEmbedder):
-    """Counts the batches that it was asked for, also those that it is held at."""
+class AskedEmbedder(TinyEmbedder):
+    """Tells whether it has a batch, also one that it is held at."""
 
-    calls = 0
+    is_asked = False
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        self.calls += 1
-        return super().encode(texts)
+        self.is_asked = True
+        try:
+            return super().encode(texts)
+        finally:
+            self.is_asked = False
 
 
 @contextmanager
@@ -61,29 +53,30 @@ def test_twenty_crashes_of_the_server_in_mid_batch_lose_double_and_park_nothing(
 ) -> None:
     """Immediate stops; more of them than an event has attempts."""
     server = make_server()
-    embedder = CountingEmbedder()
+    embedder = AskedEmbedder()
     with installed(server) as first:
-        first.insert(*(f"event {number}" for number in range(3000)))
+        ids = first.insert(*(f"event {number}" for number in range(3000)))
     with serving(first.with_settings(max_attempts=3), embedder) as service:
-        for _ in range(20):
+        for number in range(20):
             embedder.may_run.clear()
-            held = embedder.calls
             with reconnected(first) as database:
-                wait_until(partial(is_in_mid_batch, database, embedder, held))
+                # Else it would be done with all of them after some crashes.
+                ids += database.insert(*(f"{number}, {mate}" for mate in range(16)))
+                wait_until(partial(is_in_mid_batch, database, embedder))
             server.stop("immediate")
             embedder.may_run.set()
             server.start()
         with reconnected(first) as database:
-            wait_until(lambda: len(database.embedded()) == 3000, 60)
+            wait_until(lambda: database.embedded().keys() == set(ids), 60)
             database.wait_for_rest()
             database.assert_invariant()
             assert database.queue() == []
         service.stop()
 
 
-def is_in_mid_batch(database: Database, embedder: CountingEmbedder, calls: int) -> bool:
-    """Whether the model was asked for more than so many batches, or all are done."""
-    return embedder.calls > calls or database.is_at_rest()
+def is_in_mid_batch(database: Database, embedder: AskedEmbedder) -> bool:
+    """Whether the model has a batch of a claim that holds."""
+    return database.leased() > 0 and embedder.is_asked
 
 
 def test_a_crash_undoes_no_page_of_a_sweep(make_server: MakeServer) -> None:
@@ -102,17 +95,33 @@ def test_a_crash_undoes_no_page_of_a_sweep(make_server: MakeServer) -> None:
         assert len(database.queue()) == 10
 
 
-def test_a_server_without_a_free_connection_is_waited_for(make_server: MakeServer) -> None:
+def test_a_server_without_a_free_connection_is_waited_for(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also when the service loses its own connections meanwhile."""
     server = make_server("max_connections=12", "superuser_reserved_connections=0")
     with installed(server) as database, serving(database), ExitStack() as stack:
         wait_until(lambda: is_asleep(database))
-        database.terminate("listener-w%")
-        assert wait_until(lambda: not connects(database, stack))
+
+        def is_refused() -> bool:
+            # Again, in case that it was faster than we to take what it had left.
+            database.terminate("listener-w%")
+            while connects(database, stack):
+                pass
+            return was_lost(caplog, "too many clients")
+
+        wait_until(is_refused)
         database.insert("no connection is free")
+        assert not database.embedded()
         stack.close()
 
         wait_until(database.embedded)
+
+
+def was_lost(caplog: pytest.LogCaptureFixture, cause: str) -> bool:
+    """Whether the service has lost, or did not get, a connection for this cause."""
+    lost = [record for record in caplog.records if record.msg == "connection_lost"]
+    return any(cause in str(record.__dict__["fields"]["cause"]) for record in lost)
 
 
 def connects(database: Database, stack: ExitStack) -> bool:
@@ -124,7 +133,7 @@ def connects(database: Database, stack: ExitStack) -> bool:
     return True
 
 
-def test_a_statement_that_takes_too_long_costs_the_events_no_attempt(database: Database) -> None:
+def test_a_lock_that_is_held_for_too_long_costs_the_events_no_attempt(database: Database) -> None:
     """A migration holds the vectors' table for longer than the service waits for an answer."""
     database = database.with_settings(max_attempts=1)
     embedder = TinyEmbedder()
@@ -141,6 +150,57 @@ def test_a_statement_that_takes_too_long_costs_the_events_no_attempt(database: D
 
     assert len(embedder.encoded) == 1
     assert database.queue() == []
+
+
+def test_a_statement_that_takes_too_long_costs_the_events_no_attempt(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server gives it up; the events are written in parts, by the same session."""
+    limit_statements(monkeypatch, "1s")
+    slow_down_writes(database, 0.2)
+    database = database.with_settings(max_attempts=1)
+    failed, embedder = counters.failed_attempts, TinyEmbedder()
+    with serving(database, embedder):
+        ids = database.insert(*map(str, range(8)))
+        wait_until(lambda: database.embedded().keys() == set(ids))
+        assert database.value("select last_value from listener.worker_token") == 1
+
+    assert len(embedder.encoded) == 8
+    assert counters.failed_attempts == failed
+    assert database.queue() == []
+
+
+def test_a_service_that_loses_a_deadlock_goes_on_and_no_event_is_blamed(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With somebody who writes into both of its tables, in the other order."""
+    lose_deadlocks(database)
+    database = database.with_settings(max_attempts=1)
+    expiries, failed, embedder = counters.lease_expiries, counters.failed_attempts, TinyEmbedder()
+    embedder.may_run.clear()
+    with serving(database, embedder), database.session() as owner:
+        database.insert("a")
+        wait_until(lambda: database.leased() == 1)
+        owner.execute("set deadlock_timeout = '1min'")
+        owner.execute("begin")
+        owner.execute(_EMBED_BY_HAND)
+        embedder.may_run.set()
+        wait_until(lambda: database.waits("listener-work"))
+
+        # In one message: what it holds it holds no longer when the service is there again.
+        owner.execute("update listener.queue set queued_at = queued_at; commit")
+
+        database.wait_for_rest()
+        assert database.value("select last_value from listener.worker_token") == 2
+    assert was_lost(caplog, "DeadlockDetected")
+    assert (counters.lease_expiries, counters.failed_attempts) == (expiries, failed)
+    database.assert_invariant()
+
+
+_EMBED_BY_HAND = """
+insert into public.event_embeddings (event_id, embedding, model, content_hash)
+select e.id, array_fill(0.1, array[384])::vector, 'by hand', '\\x' from public.iot_events e
+"""
 
 
 def writers(database: Database) -> set[int]:
@@ -214,32 +274,20 @@ def is_read_only(database: Database) -> bool:
         return conn.execute("show default_transaction_read_only").fetchone() == ("on",)
 
 
-def test_a_standby_is_waited_for_until_it_is_promoted(make_server: MakeServer) -> None:
+def test_a_standby_is_waited_for_until_it_is_promoted(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
     """LISTEN raises there; after the promotion the service serves."""
     primary = make_server("wal_level=replica")
     with installed(primary) as database:
         database.insert("written on the primary")
-    primary.stop()
-    standby = primary
-    signal_file = standby.home / "data" / "standby.signal"
-    signal_file.touch()
-    shutil.chown(signal_file, (standby.home / "data").owner())
-    standby.start()
+    become_standby(primary)
     with reconnected(database) as seen, serving(database):
-        wait_until(lambda: tried_to_register(seen))
+        wait_until(lambda: was_lost(caplog, "the server is read-only"))
         assert seen.embedded() == {}
         seen.rows("select pg_promote()")
 
         wait_until(seen.embedded)
-
-
-def tried_to_register(database: Database) -> bool:
-    """Whether the service has a connection to this server."""
-    return bool(
-        database.value(
-            "select count(*) from pg_stat_activity where application_name like 'listener-w%%'"
-        )
-    )
 
 
 def test_an_old_open_transaction_holds_up_no_event(database: Database) -> None:

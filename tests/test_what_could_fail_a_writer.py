@@ -9,18 +9,16 @@ from dataclasses import replace
 import psycopg
 import pytest
 
-from listener.database import Connection, connect
-from listener.embedded import Server
 from listener.queue import Queue
 from tests.harness import (
     Database,
     TinyEmbedder,
-    install_demo,
     is_asleep,
     serve_once,
     serving,
     wait_until,
 )
+from tests.own_server import MakeServer, full_notify_queue, installed
 from tests.test_docs import README
 from tests.test_install import install_in
 from tests.test_writers_are_safe import STRICT, UPDATE, impatient, insert, partition, prepare
@@ -99,45 +97,32 @@ def test_a_partition_goes_once_its_vectors_are_deleted(database: Database) -> No
 
 
 @pytest.fixture
-def small_notify_queue(
-    database: Database, make_server: Callable[..., Server]
-) -> Iterator[Database]:
+def small_notify_queue(database: Database, make_server: MakeServer) -> Iterator[Database]:
     """An installed database on a server whose NOTIFY queue is soon full."""
     if database.conn.info.server_version < 170000:
         pytest.skip("before PostgreSQL 17 the NOTIFY queue holds 8 GB")
     server = make_server("max_notify_queue_pages=64")
-    settings = replace(database.owner, database_url=server.url(), poll_seconds=0.5)
-    with connect(settings, "listener-test") as conn:
-        install_demo(conn)
-        yield Database.owned(settings, conn)
-
-
-def fill_notify_queue(conn: Connection) -> None:
-    for _ in range(1000):
-        conn.execute("select pg_notify('anything', repeat(random()::text, 300))")
+    with installed(server, replace(database.owner, poll_seconds=0.5)) as made:
+        yield made
 
 
 def test_a_full_notify_queue_refuses_no_writer(small_notify_queue: Database) -> None:
     """The triggers are silent from half on; the sleeping service finds the event by its poll."""
     database = small_notify_queue
     usage = "select pg_notification_queue_usage()"
-    with serving(database), database.session() as deaf:
+    with serving(database):
         wait_until(lambda: is_asleep(database))
-        deaf.execute("listen anything")
-        deaf.execute("begin")
-        deaf.execute("select 1")
-        with pytest.raises(psycopg.errors.ProgramLimitExceeded):
-            fill_notify_queue(database.conn)
-        wait_until(lambda: is_asleep(database))
+        with full_notify_queue(database) as deaf:
+            wait_until(lambda: is_asleep(database))
 
-        database.insert("queue is full")
-        database.rows("update public.iot_events set message = 'queue is still full'")
+            database.insert("queue is full")
+            database.rows("update public.iot_events set message = 'queue is still full'")
 
-        assert database.value(usage) > 0.9
-        wait_until(database.embedded)
-        database.wait_for_rest()
-        deaf.close()
-        wait_until(lambda: database.value(usage) < 0.5)
+            assert database.value(usage) > 0.9
+            wait_until(database.embedded)
+            database.wait_for_rest()
+            deaf.close()
+            wait_until(lambda: database.value(usage) < 0.5)
 
 
 def test_a_service_started_at_a_full_notify_queue_is_none_behind_a_pooler(
@@ -145,17 +130,10 @@ def test_a_service_started_at_a_full_notify_queue_is_none_behind_a_pooler(
 ) -> None:
     """Its own NOTIFY is not sent, which says nothing about its session."""
     database = small_notify_queue
-    with database.session() as deaf:
-        deaf.execute("listen anything")
-        deaf.execute("begin")
-        deaf.execute("select 1")
-        with pytest.raises(psycopg.errors.ProgramLimitExceeded):
-            fill_notify_queue(database.conn)
+    with full_notify_queue(database), serving(database):
+        wait_until(lambda: is_asleep(database))
 
-        with serving(database):
-            wait_until(lambda: is_asleep(database))
-
-            assert database.value("select count(*) from listener.live_worker") == 1
+        assert database.value("select count(*) from listener.live_worker") == 1
 
 
 @contextmanager

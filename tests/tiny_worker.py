@@ -1,9 +1,9 @@
 """`python -m tests.tiny_worker run`: the real command with a model that is instant and can kill.
 
 A text with "segfault" in it ends the process as a broken library does, with one with "gpu" nothing
-more can be computed, one with "hang" never returns, one with "slow" takes two seconds, unless HURRY
-is set. DIE_AT names the step at which the
-process kills itself, HANG_AT the one from which its loop does not return.
+more can be computed, one with "hang" never returns, one with "slow" takes SLOW_SECONDS. DIE_AT
+names the step at which the process kills itself, HANG_AT the one from which its loop does not
+return.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ STEPS: dict[str, tuple[type, str, str]] = {
 }
 
 
+# Longer than a test may be held up between the log's line and what it does then.
+_SLOW_SECONDS = float(os.environ.get("SLOW_SECONDS", "8"))
+
+
 class DeadlyEmbedder(TinyEmbedder):
     """Kills the process, hangs or dawdles, as the text says."""
 
@@ -52,9 +56,9 @@ class DeadlyEmbedder(TinyEmbedder):
             raise EncoderLost("the GPU failed")
         while any("hang" in text for text in texts):
             time.sleep(1)
-        if "HURRY" not in os.environ and any("slow" in text for text in texts):
+        if _SLOW_SECONDS and any("slow" in text for text in texts):
             log(logging.INFO, "encoding_slowly")
-            time.sleep(2)
+            time.sleep(_SLOW_SECONDS)
         return super().encode(texts)
 
 

@@ -57,7 +57,9 @@ _LEAST_PAUSE_SECONDS = 0.5
 class Chaos(Background):
     """One fault at a time, but for those that last; each kind once before any comes twice."""
 
-    def __init__(self, scene: Scene, every: tuple[float, float]) -> None:
+    def __init__(
+        self, scene: Scene, every: tuple[float, float], faults: tuple[Fault, ...] = FAULTS
+    ) -> None:
         super().__init__("chaos")
         self._scene = scene
         self._every = every
@@ -65,7 +67,8 @@ class Chaos(Background):
         self.recoveries = Recoveries()
         self._pool = ThreadPoolExecutor(2, "lasting")
         self._lasting: Future[None] | None = None
-        self._due = list(FAULTS)
+        self._faults = faults
+        self._due = list(faults)
 
     def step(self) -> None:
         """Strike once, wait until it is recovered from, pause."""
@@ -99,7 +102,7 @@ class Chaos(Background):
         # One that lasts at a time, or no worker might be left.
         busy = self._is_lasting()
         due = [fault for fault in self._due if not (busy and fault.lasting)]
-        usable = due or [fault for fault in FAULTS if not (busy and fault.lasting)]
+        usable = due or [fault for fault in self._faults if not (busy and fault.lasting)]
         fault = self._scene.chance.choices(usable, [fault.weight for fault in usable])[0]
         if fault in self._due:
             self._due.remove(fault)

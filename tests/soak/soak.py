@@ -13,11 +13,11 @@ from bench.machine import describe_machine
 from bench.progress import say
 from tests.proxy import proxied
 from tests.soak.background import Background
-from tests.soak.chaos import Chaos
+from tests.soak.chaos import FAULTS, Chaos
 from tests.soak.checker import Checker
 from tests.soak.faults import LEASE_SECONDS
 from tests.soak.ground import Ground, dice, prepared_ground
-from tests.soak.scene import Scene
+from tests.soak.scene import Fault, Scene
 from tests.soak.watcher import Watcher
 from tests.soak.workers import Settings, Workers
 from tests.soak.writers import Tally, Writer, start_writers
@@ -47,6 +47,7 @@ class Plan:
     seed: int
     rate: float = 100.0
     every: tuple[float, float] = (3.0, 7.0)
+    faults: tuple[Fault, ...] = FAULTS
 
 
 @dataclass
@@ -91,7 +92,7 @@ def run_soak(plan: Plan) -> Iterator[Soak]:
         workers = Workers(ground.cluster.folder, urls, ground.model, settings)
         stack.callback(workers.kill_all)
         scene = Scene(ground, workers, proxy, dice(plan.seed, "chaos"))
-        chaos = Chaos(scene, plan.every)
+        chaos = Chaos(scene, plan.every, plan.faults)
         soak = Soak(plan, ground, workers, Checker(ground), Watcher(ground), chaos)
         stack.callback(_stop_all, soak)
         soak.machine = describe_machine(ground.cluster)

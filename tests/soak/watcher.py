@@ -52,6 +52,12 @@ class Watcher(Background):
             self._before = set()
         self.stopped.wait(_EVERY_SECONDS)
 
+    def end(self, seconds: float = 60.0) -> None:
+        """Stop, wait and leave the database."""
+        super().end(seconds)
+        if self._conn is not None:
+            self._conn.close()
+
     def _look(self, conn: Connection) -> None:
         seen = {row[:2]: row[2:] for row in conn.execute(_IN_TRANSACTION)}
         # The same transaction a second later, not the next of a busy connection.

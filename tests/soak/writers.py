@@ -92,6 +92,12 @@ class Writer(Background):
         pause = events / self._rate * self._dice.uniform(0.5, 1.5)
         self.stopped.wait(max(pause - (time.monotonic() - began), 0))
 
+    def end(self, seconds: float = 60.0) -> None:
+        """Stop, wait and leave the database."""
+        super().end(seconds)
+        if self._conn is not None:
+            self._conn.close()
+
     def _connected(self) -> Connection:
         if self._conn is None or self._conn.closed:
             self._conn = psycopg.connect(
