@@ -82,10 +82,12 @@ def _serve(settings: Settings, stop: Stop, *, once: bool) -> None:
         try:
             Service(settings, encoder, stop).run(once=once)
         except EncoderLost as error:
-            say(f"listener: {error}")
-            # Any other way out would wait for a thread that may never return.
-            logging.shutdown()
-            os._exit(error.exit_code)
+            try:
+                say(f"listener: {error}")
+                logging.shutdown()
+            finally:
+                # Any other way out would wait for a thread that may never return.
+                os._exit(error.exit_code)
 
 
 @click.command("demo", cls=Command, settings=_DEMO)

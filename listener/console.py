@@ -68,7 +68,7 @@ def say(text: str) -> None:
         secrets = load_settings().secrets()
     except ConfigError:
         secrets = {os.environ.get("DATABASE_URL", ""), os.environ.get("PGPASSWORD", "")} - {""}
-    click.echo(redact(text, secrets), err=True)
+    click.echo(printable(redact(text, secrets)), err=True)
 
 
 def printable(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 import numpy as np
@@ -73,17 +75,27 @@ def convert(settings: Settings) -> Path:
             _replace(target, original, files)
             # Fills the cache of compiled kernels, which knows the model by its path.
             OpenVinoEmbedder(files, target)
-    opened = [settings.model_cache] if is_new else []
     # The service may run under another account, whatever the umask here.
-    _open_to_others(*opened, target.parent, target, *target.rglob("*"))
+    if is_new:
+        settings.model_cache.chmod(0o755)
+    for _, _, files_there, folder in os.fwalk(target.parent):
+        for name in (".", *files_there):
+            _open_to_others(name, folder)
     return target
 
 
-def _open_to_others(*paths: Path) -> None:
-    for path in paths:
-        # What somebody else has made is theirs to open.
-        with suppress(OSError):
-            path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
+def _open_to_others(name: str, folder: int) -> None:
+    """Unless somebody else has made it, or put a link in its place: the folder may be theirs."""
+    with suppress(OSError):
+        opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        try:
+            found = os.fstat(opened)
+            if found.st_uid == os.geteuid():
+                os.fchmod(
+                    opened, found.st_mode & 0o777 | (0o555 if S_ISDIR(found.st_mode) else 0o444)
+                )
+        finally:
+            os.close(opened)
 
 
 def _not_writable(folder: Path, error: OSError) -> ConfigError:

@@ -85,11 +85,13 @@ class Connection(psycopg.Connection[Any]):
             return result
 
 
-def connect(settings: Settings, name: str, *, as_service: bool = False) -> Connection:
+def connect(
+    settings: Settings, name: str, *, as_service: bool = False, answer_seconds: float | None = None
+) -> Connection:
     """Open an autocommit connection with this application_name and the pgvector types known.
 
-    As the service's, it answers within seconds or is lost. Raises ConnectionLost if no connection
-    comes about, ConfigError if none ever can.
+    As the service's, or with `answer_seconds`, it answers within so many seconds or is lost. Raises
+    ConnectionLost if no connection comes about, ConfigError if none ever can.
     """
     parameters = {**_LIVELINESS, **settings.connection_parameters(), **_FIXED}
     parameters["application_name"] = name
@@ -107,7 +109,7 @@ def connect(settings: Settings, name: str, *, as_service: bool = False) -> Conne
         ) from None
     # Strings as text, not as unknown, so that a list of text keys is an array to unnest.
     conn.adapters.register_dumper(str, StrDumper)
-    conn.answer_seconds = _ANSWER_SECONDS if as_service else None
+    conn.answer_seconds = _ANSWER_SECONDS if as_service else answer_seconds
     if not as_service:
         # It may be a transaction pooler's, where the next server doesn't know what was prepared.
         conn.prepare_threshold = None

@@ -7,10 +7,12 @@ import pwd
 import shlex
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from listener.errors import ConfigError
@@ -46,10 +48,15 @@ class Server:
     def prepared(cls, home: Path, programs: Path, port: int | None = None, *options: str) -> Server:
         """Make the data directory if it isn't there. `options` are -c settings, name=value."""
         server = cls(home, _reachable(programs, home), port, options)
+        if home.exists():
+            # An earlier version left it open.
+            home.chmod(0o700)
         if not (home / "data" / "PG_VERSION").exists():
-            home.mkdir(parents=True, exist_ok=True)
+            # Closed to others: who reaches the socket is superuser.
+            home.mkdir(parents=True, exist_ok=True, mode=0o700)
             if os.geteuid() == 0:
-                os.chown(home, pwd.getpwnam(_UNPRIVILEGED).pw_uid, -1)
+                account = pwd.getpwnam(_UNPRIVILEGED)
+                os.chown(home, account.pw_uid, account.pw_gid)
             server._run(
                 "initdb", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale"
             )
@@ -84,7 +91,7 @@ class Server:
         status = subprocess.run(
             [self.programs / "pg_ctl", "-D", self.home / "data", "status"],
             cwd=self.home,
-            user=_account(),
+            **_account(),
             capture_output=True,
             check=False,
         )
@@ -96,12 +103,13 @@ class Server:
         return f"postgresql://postgres@/{database}?{socket}"
 
     def _run(self, program: str, *arguments: str) -> None:
-        # Files, not pipes: the server would inherit a pipe and hold it open.
-        with (self.home / f"{program}.out").open("w+") as output:
+        # A file, not a pipe, which the server would inherit and hold open. Without a name, in whose
+        # place the server's account could have put a link.
+        with tempfile.TemporaryFile("w+") as output:
             finished = subprocess.run(
                 [self.programs / program, "-D", self.home / "data", *arguments],
                 cwd=self.home,
-                user=_account(),
+                **_account(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -114,8 +122,12 @@ class Server:
                 raise ConfigError(f"embedded Postgres: {program} failed: {output.read().strip()}")
 
 
-def _account() -> str | None:
-    return _UNPRIVILEGED if os.geteuid() == 0 else None
+def _account() -> dict[str, Any]:
+    """As whom a program runs; not with root's groups."""
+    if os.geteuid() != 0:
+        return {}
+    group = pwd.getpwnam(_UNPRIVILEGED).pw_gid
+    return {"user": _UNPRIVILEGED, "group": group, "extra_groups": []}
 
 
 def _reachable(programs: Path, home: Path) -> Path:
@@ -126,9 +138,11 @@ def _reachable(programs: Path, home: Path) -> Path:
     if os.geteuid() != 0 or _open_to_others(programs):
         return programs
     site, package = programs.parents[2], programs.parents[1].name
-    copy = home / f"server-{metadata.version(package)}"
+    # Beside home, which is the server's account's: what root runs must not be its to change.
+    copy = home.parent / f"server-{metadata.version(package)}"
     if not copy.exists():
-        half = home / "server-half"
+        half = home.parent / "server-half"
+        home.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(half, ignore_errors=True)
         for part in (package, f"{package}.libs"):
             if (site / part).exists():

@@ -26,6 +26,8 @@ _UNIT_TOLERANCE = 1e-3
 _LONGEST_KEY = 400
 # In characters for each token that the model computes; words and their spaces rarely have so many.
 _TOKEN_CHARACTERS = 16
+# Where there is no space, or what there is makes few tokens.
+_MOST_CHARACTERS = 256
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Encoder:
         known: list[int] = []
         by_text: dict[str, list[int]] = {}
         for index, text in enumerate(texts):
-            (known if _key(text) in self._cache else by_text.setdefault(text, [])).append(index)
+            (known if self._knows(text) else by_text.setdefault(text, [])).append(index)
         if len(by_text) < 2:
             return [Pass(list(range(len(texts))), 0)]
         unknown = list(by_text)
@@ -89,6 +91,14 @@ class Encoder:
         passes[0].indices.extend(known)
         return passes
 
+    def _knows(self, text: str) -> bool:
+        """Whether it is remembered; it will be for a while, since it counts as used."""
+        try:
+            self._cache.move_to_end(_key(text))
+        except KeyError:
+            return False
+        return True
+
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         try:
             return self._embedder.lengths([self._beginning(text) for text in texts])
@@ -99,18 +109,18 @@ class Encoder:
         """As much of a long text as fills the model, so that the vector is the same.
 
         A tokenizer would take seconds and gigabytes for what the model then leaves out. Cut at a
-        space, where no tokenizer sees one word.
+        space, where no tokenizer sees one word; in the end anywhere.
         """
         most = self._embedder.max_tokens
         if most is None:
             return text
-        end = most * _TOKEN_CHARACTERS
-        while end < len(text):
+        end, longest = most * _TOKEN_CHARACTERS, most * _MOST_CHARACTERS
+        while end < min(len(text), longest):
             beginning = text[: max(text.rfind(" ", 0, end), text.rfind("\n", 0, end), 0)]
             if self._embedder.lengths([beginning])[0] >= most:
                 return beginning
             end *= 2
-        return text
+        return text[:longest]
 
     def submit(self, texts: Sequence[str]) -> Future[Encoded]:
         """Encode on the model's thread. The future raises ModelFault and EncoderLost."""
@@ -153,8 +163,11 @@ class Encoder:
         except EncoderLost:
             raise
         except Exception as error:  # noqa: BLE001  any library error; the halves tell whose it is
+            vectors, reason = None, f"{type(error).__name__}: {error}"
+        # Not above: as long as the error is there, so is what the pass took of the memory.
+        if vectors is None:
             if len(texts) == 1:
-                return [EmbeddingError(f"{type(error).__name__}: {error}")]
+                return [EmbeddingError(reason)]
             half = len(texts) // 2
             return self._encode_missing(texts[:half]) + self._encode_missing(texts[half:])
         if vectors.shape != (len(texts), DIMENSION):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _CLIENT_SECONDS = 10.0
 # serve_forever would look twice a second whether it shall end; the process ends it.
 _NEVER_SECONDS = 86_400.0
+# With those of the service.
+_MOST_THREADS = 64
 
 
 def start_endpoint(settings: Settings) -> None:
@@ -74,6 +76,10 @@ def _may_pass(error: Exception) -> bool:
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
+    def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002  its names
+        """Refused where there are many: each has a thread for as long as its client likes."""
+        return threading.active_count() < _MOST_THREADS
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that says nothing, or leaves, is worth no traceback."""
         error = sys.exc_info()[1]
@@ -116,8 +122,8 @@ def _healthz() -> tuple[str, str]:
 
 
 def _readyz() -> tuple[str, str]:
-    if health.serves is None:
-        return "503 Service Unavailable", "not ready: no model or no connection"
+    if not health.is_ready:
+        return "503 Service Unavailable", "not ready: no model, no connection, or no progress"
     return "200 OK", "ready"
 
 

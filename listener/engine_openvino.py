@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -177,10 +178,13 @@ def _compile(core: Any, directory: Path, precision: str) -> Any:
         "ENABLE_CPU_PINNING": False,
         "CPU_RUNTIME_CACHE_CAPACITY": _SHAPES,
     }
-    # What compiling gives, kept. `listener model convert` makes it; OpenVINO fails where it can't.
-    if (directory / COMPILED).is_dir():
-        options["CACHE_DIR"] = str(directory / COMPILED)
-    return core.compile_model(str(directory / GRAPH), "CPU", options)
+    graph, compiled = str(directory / GRAPH), directory / COMPILED
+    # What compiling gives, kept. `listener model convert` makes it.
+    if compiled.is_dir():
+        # It may be of another CPU, and closed to us. OpenVINO raises nothing more special.
+        with suppress(RuntimeError):
+            return core.compile_model(graph, "CPU", {**options, "CACHE_DIR": str(compiled)})
+    return core.compile_model(graph, "CPU", options)
 
 
 def _cores() -> int:

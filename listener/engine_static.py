@@ -50,6 +50,9 @@ class StaticEmbedder:
             with safe_open(directory / "model.safetensors", "np") as weights:
                 self._table = weights.get_tensor(_TABLE).astype(np.float32, copy=False)
             self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except MemoryError:
+            # There may be some when it is started again.
+            raise
         except Exception as error:
             # tokenizers raises bare Exception.
             raise cannot_be_loaded(files, error) from error

@@ -45,5 +45,10 @@ class Health:
         progressed = self._progressed
         return progressed is not None and time.monotonic() - progressed > STALLED_SECONDS
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it serves and gets on."""
+        return self.serves is not None and not self.is_stalled
+
 
 health = Health()

@@ -16,6 +16,7 @@ from listener.errors import SchemaError
 from listener.patience import patiently
 from listener.preflight import embeddings_problem, hidden_problem
 from listener.template import Step, fill, placeholders, sql_files, sql_text
+from listener.trust import require_trusted
 
 _APPLIED = "select a.file, a.digest, a.columns from listener.applied a"
 _EMBEDDINGS_FILE = "002_event_embeddings.sql"
@@ -76,8 +77,10 @@ class Plan:
 def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) -> Plan:
     """The steps whose file changed since it was applied, or whose result is gone.
 
-    `columns` None keeps the columns of the last install, or takes the default.
+    `columns` None keeps the columns of the last install, or takes the default. Raises SchemaError
+    where what is there is not to be trusted.
     """
+    require_trusted(conn)
     with translated():
         rows = conn.execute(_APPLIED).fetchall() if facts.installed else []
     applied = {file: digest for file, digest, _ in rows}

@@ -60,8 +60,8 @@ class _Process(Collector):
     def collect(self) -> Iterator[Metric]:
         yield _gauge(
             "listener_ready",
-            "1 while the model is loaded, the database connected and LISTEN live.",
-            health.serves is not None,
+            "1 while the model is loaded, the database connected and LISTEN live, and it gets on.",
+            health.is_ready,
         )
         yield _histogram(
             "listener_commit_to_vector_seconds",
@@ -143,14 +143,15 @@ class _Database(Collector):
         return self._read(queries.COVERAGE, _COVERAGE_LIMIT, model=health.serves, last=last)
 
     def _read(self, statement: str, limit: int, **parameters: Any) -> Row:
-        """Raises ListenerError."""
+        """Raises ListenerError and psycopg.Error."""
         with (
-            connect(self._settings, "listener-metrics") as conn,
+            connect(
+                self._settings, "listener-metrics", answer_seconds=limit + _GRACE_SECONDS
+            ) as conn,
             translated(),
             conn.transaction(),
             conn.cursor(row_factory=dict_row) as cursor,
         ):
-            conn.answer_seconds = limit + _GRACE_SECONDS
             cursor.execute(queries.LIMIT_STATEMENT, {"duration": f"{limit}s"})
             row = cursor.execute(statement, parameters).fetchone()
         assert row is not None  # noqa: S101  each statement has one row

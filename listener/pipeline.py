@@ -10,11 +10,13 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import psycopg
+
 from listener.claim import Claim, Event, EventId
 from listener.config import Settings
 from listener.counters import counters
 from listener.encoding import Encoded, Encoder
-from listener.errors import ConnectionLost, EmbeddingError, EncoderLost, ModelFault
+from listener.errors import EmbeddingError, EncoderLost, ListenerError, ModelFault
 from listener.health import health
 from listener.logs import log
 from listener.queue import Queue
@@ -118,8 +120,8 @@ class Pipeline:
             self._queue.notify()
             raise
         except EncoderLost:
-            # Without a connection these leases end by themselves; the process must end in any case.
-            with suppress(ConnectionLost):
+            # Else these leases end by themselves; the process must end in any case.
+            with suppress(ListenerError, psycopg.Error):
                 self._give_back_unstarted()
             raise
 

@@ -64,8 +64,10 @@ UNLOCK = "select pg_catalog.pg_advisory_unlock(%(key)s)"
 # --- workers -----------------------------------------------------------------------------------
 
 # The lock comes before the row, so that a registered worker is never seen without its lock.
-NEW_WORKER = "select nextval('listener.worker_token')"
-LOCK_WORKER = "select pg_catalog.pg_advisory_lock(%(lock_class)s, %(worker)s::integer)"
+NEW_WORKER = """
+select n.worker, pg_catalog.pg_try_advisory_lock(%(lock_class)s, n.worker::integer) as is_locked
+from nextval('listener.worker_token') as n (worker)
+"""
 REGISTER_WORKER = """
 insert into listener.worker (worker, host, pid, model)
 values (%(worker)s, %(host)s, %(pid)s, %(model)s)

@@ -51,7 +51,7 @@ def write_report(settings: Settings, report: Report) -> Path:
     sections = {"Before": report.before, "Steps": report.steps, "After": report.after}
     for title, lines in sections.items():
         parts.append(f"## {title}")
-        parts.append("\n".join(f"- {line}" for line in lines) or "- nothing")
+        parts.append("\n".join(f"- {' '.join(line.split())}" for line in lines) or "- nothing")
     parts.append(f"## Undo\n\n{report.undo}")
     path = report_path(settings, now, report.command, "md")
     write_page(path, redact("\n\n".join(parts) + "\n", settings.secrets()))

@@ -43,11 +43,15 @@ _STATUS_SECONDS = 15.0
 
 @dataclass
 class _Kept:
-    """What outlives a connection; `losses`: how many in a row within a statement about events."""
+    """What outlives a connection; `losses`: how many in a row within a statement about events.
+
+    `has_drained`: nothing was left to do once, so no process died of what was there at its start.
+    """
 
     sweep: Sweep
     in_hand: dict[int, list[EventId]] = field(default_factory=dict)
     losses: int = 0
+    has_drained: bool = False
 
 
 class Service:
@@ -142,6 +146,7 @@ def _open_session(
     """Connect twice, register the worker, LISTEN; the queue may be drained from here on."""
     with ExitStack() as stack:
         work = stack.enter_context(connect(settings, "listener-work", as_service=True))
+        health.progressed()
         wake = stack.enter_context(connect(settings, "listener-wake", as_service=True))
         verify(work)
         wakeup = Wakeup(wake, stop, settings.notify, settings.poll_seconds)
@@ -183,7 +188,8 @@ class _Session:
         self._connections = deque(connections)
         self._work = connections[0]
         number = worker.number if worker else None
-        self._queue = Queue(self._work, settings, number, reads_apart=kept.losses > 0)
+        apart = kept.losses > 0 or not kept.has_drained
+        self._queue = Queue(self._work, settings, number, reads_apart=apart)
         self._pipeline = Pipeline(settings, self._queue, encoder, stop, kept.in_hand)
         self._kept = kept
         self._next_beat = time.monotonic()
@@ -218,6 +224,7 @@ class _Session:
 
     def _drain(self) -> int:
         claimed = self._pipeline.drain(self._stay_awake, self._after_step)
+        self._kept.has_drained = True
         if claimed:
             # No event of these is one over which connections are lost.
             self._kept.losses = 0

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 
 from listener import queries
 from listener.database import Connection, translated
+from listener.errors import ConnectionLost
 
 # The first half of each worker's lock key.
 LOCK_CLASS = 470_211
+_MOST_HELD = 1000
 _SEEN_SECONDS = 30.0
 # Dead peers are looked for this often: more would be felt by an idle server.
 BEAT_SECONDS = 1.2
@@ -31,10 +33,7 @@ class Worker:
     def registered(cls, conn: Connection, model: str) -> Iterator[Worker]:
         """Register, release what dead workers hold, and on a clean leave sign off."""
         with translated():
-            row = conn.execute(queries.NEW_WORKER).fetchone()
-            assert row is not None  # noqa: S101  nextval gives a row
-            number = int(row[0])
-            conn.execute(queries.LOCK_WORKER, {"lock_class": LOCK_CLASS, "worker": number})
+            number = _new_number(conn)
             conn.execute(
                 queries.REGISTER_WORKER,
                 {
@@ -56,6 +55,20 @@ class Worker:
             with translated():
                 self._conn.execute(queries.SEE_WORKER, {"worker": self.number})
             self._next_seen = time.monotonic() + _SEEN_SECONDS
+
+
+def _new_number(conn: Connection) -> int:
+    """One whose lock is ours. Any session may hold locks of numbers to come; few hold many."""
+    for _ in range(_MOST_HELD):
+        row = conn.execute(queries.NEW_WORKER, {"lock_class": LOCK_CLASS}).fetchone()
+        assert row is not None  # noqa: S101  nextval gives a row
+        number, is_locked = row
+        if is_locked:
+            return int(number)
+    raise ConnectionLost(
+        f"the advisory locks ({LOCK_CLASS}, {number - _MOST_HELD + 1} to {number}) are held; see "
+        "pg_locks for the session that does it, and end it"
+    )
 
 
 def beat(conn: Connection, worker: int | None) -> bool:

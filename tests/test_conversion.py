@@ -54,6 +54,23 @@ def test_a_conversion_is_open_to_the_services_account_and_clears_up_after_a_kill
     assert all(path.stat().st_mode & 0o004 for path in made)
 
 
+def test_a_conversion_opens_no_file_that_a_link_leads_to(
+    converted: Settings, tmp_path: Path
+) -> None:
+    """The account of the service owns the folder, and root converts."""
+    settings = replace(converted, model_cache=tmp_path / "cache")
+    secret, elsewhere = tmp_path / "secret", tmp_path / "elsewhere"
+    secret.touch(0o600)
+    elsewhere.mkdir(0o700)
+    folder = convert(settings)
+    (folder / "compiled" / "link").symlink_to(secret)
+    (folder / "compiled" / "folder").symlink_to(elsewhere)
+
+    convert(settings)
+
+    assert [path.stat().st_mode & 0o777 for path in (secret, elsewhere)] == [0o600, 0o700]
+
+
 def test_conversions_at_once_all_leave_the_model(
     converted: Settings, tmp_path: Path, spawn: Spawn
 ) -> None:

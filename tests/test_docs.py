@@ -37,7 +37,7 @@ LAYERS = (
     {"logs", "model"},
     {"notify_systemd"},
     {"database", "health"},
-    {"blame", "catalogue", "patience", "wakeup", "worker"},
+    {"blame", "catalogue", "patience", "trust", "wakeup", "worker"},
     {"columns", "queue", "status", "upkeep"},
     {"backfill", "preflight", "report", "search", "sweep", "template"},
     {"engine_openvino", "engine_static", "engine_torch", "html_report", "install"},

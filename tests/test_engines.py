@@ -382,3 +382,20 @@ def test_no_command_imports_torch_with_a_converted_or_static_model(
     )
 
     assert finished.stdout.splitlines()[-1] == "loaded: [], exit: 0", finished.stderr
+
+
+def test_a_compiled_model_that_can_not_be_used_is_compiled_anew(
+    converted: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of another CPU in a folder that is closed to the service's account."""
+    core = engine_openvino.load_openvino().Core
+    compile_model = core.compile_model
+
+    def refused(self: object, graph: str, device: str, options: dict[str, object]) -> object:
+        if "CACHE_DIR" in options:
+            raise RuntimeError("can't open the cache")
+        return compile_model(self, graph, device, options)
+
+    monkeypatch.setattr(core, "compile_model", refused)
+
+    assert load_embedder(replace(converted, engine="openvino")).encode(["a"]).shape == (1, 384)

@@ -283,6 +283,77 @@ def test_a_role_without_superuser_installs_runs_and_uninstalls(
     assert any("can't create role" in note for note in plan.notes)
 
 
+@pytest.mark.parametrize(
+    ("trap", "named"),
+    [
+        (
+            "create schema listener; create view listener.applied as select 1 / 0 as file, "
+            "null as digest, null as columns; grant usage on schema listener to public; "
+            "grant select on listener.applied to public",
+            "schema listener|listener.applied",
+        ),
+        (
+            "create table public.event_embeddings (event_id bigint primary key, "
+            "embedding vector(384), model text, content_hash bytea, embedded_at timestamptz)",
+            "public.event_embeddings",
+        ),
+    ],
+)
+def test_what_a_stranger_has_put_in_our_place_is_refused_unread(
+    new_database: NewDatabase, trap: str, named: str
+) -> None:
+    """Its views, triggers and functions would run with the rights of who installs."""
+    with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
+        admin.execute("create extension vector")
+        admin.execute("create role stranger nologin")
+        try:
+            admin.execute(
+                "do $$ begin execute format('grant create on database %I to stranger',"
+                " current_database()); end $$"
+            )
+            admin.execute("grant create on schema public to stranger")
+            with with_events(url, "id bigint primary key, message text") as database:
+                database.rows("set role stranger")
+                database.rows(trap)
+                database.rows("reset role")
+
+                with pytest.raises(SchemaError, match=f"^({named}) belongs to a role"):
+                    install_in(database.conn)
+        finally:
+            admin.execute("drop owned by stranger cascade")
+            admin.execute("drop role stranger")
+
+
+def test_default_privileges_give_nobody_a_way_past_row_level_security(
+    new_database: NewDatabase,
+) -> None:
+    """Nor to have a trigger of their own run when an event is deleted."""
+    rights = (
+        "select c.relname, a.privilege_type from pg_class c cross join aclexplode(c.relacl) a "
+        "join pg_roles r on r.oid = a.grantee where r.rolname = 'monitor' order by 1, 2"
+    )
+    with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
+        admin.execute("create role monitor nologin")
+        try:
+            for kind in ("tables", "sequences", "schemas"):
+                admin.execute(f"alter default privileges grant all on {kind} to monitor".encode())
+            with with_events(url, "id bigint primary key, message text") as database:
+                database.rows("revoke all on public.iot_events from monitor")
+                install_in(database.conn)
+
+                # Row-level security is about these; `listener.status` is for whom you let watch.
+                assert {
+                    right for table, right in database.rows(rights) if table == "event_embeddings"
+                } <= {"SELECT", "INSERT", "UPDATE", "DELETE", "MAINTAIN"}
+                assert {table for table, _ in database.rows(rights)} == {
+                    "event_embeddings",
+                    "status",
+                }
+        finally:
+            admin.execute("drop owned by monitor")
+            admin.execute("drop role monitor")
+
+
 def test_the_remedy_for_a_missing_right_can_be_run_as_it_stands(new_database: NewDatabase) -> None:
     """Also for a name that has to be quoted."""
     with new_database() as url, connect(Settings(database_url=url), "admin") as admin:

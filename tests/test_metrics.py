@@ -311,6 +311,7 @@ def test_a_loop_that_hangs_is_not_healthy(
     database.insert("never written")
 
     wait_until(lambda: endpoint.status("/healthz") == 503)
+    assert endpoint.status("/readyz") == 503
     assert endpoint.worker.process.poll() is None
 
 

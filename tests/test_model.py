@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tracemalloc
+import weakref
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -358,6 +359,62 @@ def test_a_bad_text_fails_alone_in_its_batch() -> None:
     assert [isinstance(result, EmbeddingError) for result in results] == [
         text == "raise" for text in texts
     ]
+    encoder.close()
+
+
+def test_what_a_failed_pass_took_is_free_before_its_halves_run() -> None:
+    """Else a pass that lacked memory would leave none for them, and good texts would be parked."""
+
+    class Taken:
+        """What a pass takes of the memory."""
+
+    class Large(TinyEmbedder):
+        def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            assert not any(reference() for reference in taken)
+            mine = Taken()
+            taken.append(weakref.ref(mine))
+            return super().encode(texts)
+
+    taken = list[weakref.ref[Taken]]()
+    encoder = Encoder(Large, cache_texts=0)
+
+    results = encoder.encode(["a", "raise", "b", "c"]).results
+
+    assert [isinstance(result, EmbeddingError) for result in results] == [False, True, False, False]
+    assert len(taken) > 3
+    encoder.close()
+
+
+def test_a_text_without_any_space_is_cut_too() -> None:
+    """A tokenizer would take gigabytes for megabytes of it."""
+    asked = list[int]()
+
+    class Measuring(TinyEmbedder):
+        def lengths(self, texts: Sequence[str]) -> list[int]:
+            asked.extend(map(len, texts))
+            return super().lengths(texts)
+
+    encoder = Encoder(Measuring, cache_texts=0)
+    text = '{"reading":71,"unit":"C"},' * 50_000
+
+    passes = encoder.plan([text, text + "a", "b"], 1000)
+    encoder.encode([text])
+
+    assert sum(len(one.indices) for one in passes) == 3
+    assert max(asked) < 150_000
+    encoder.close()
+
+
+def test_what_was_planned_as_known_is_not_forgotten_before_it_is_encoded() -> None:
+    """Many such texts would go through the model with the first pass, however large."""
+    embedder = TinyEmbedder()
+    encoder = Encoder(lambda: embedder, cache_texts=2)
+    encoder.encode(["a", "b"])
+
+    encoder.plan(["a", "c"], 1000)
+    encoder.encode(["d"])
+
+    assert encoder.encode(["a"]).reused == 1
     encoder.close()
 
 

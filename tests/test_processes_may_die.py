@@ -10,6 +10,7 @@ import pytest
 
 from listener.pipeline import _FIRST_CLAIM
 from tests.harness import Command, Database, Spawn, TinyEmbedder, listener, wait_until
+from tests.misbehaviour import replace_input
 from tests.tiny_worker import STEPS
 
 _TINY = "tests.tiny_worker"
@@ -170,6 +171,20 @@ def test_a_text_that_kills_or_hangs_the_process_is_parked_and_its_mates_are_stor
     database.rows("update public.iot_events set message = 'harmless' where id = %s", ids[20])
     wait_until(lambda: len(database.embedded()) == 40)
     database.assert_invariant()
+
+
+def test_a_text_that_kills_each_process_while_it_is_read_is_parked(
+    database: Database, spawn: Spawn
+) -> None:
+    """Before a claim that comes with its text is committed; each new process would begin anew."""
+    replace_input(database, "perform pg_catalog.pg_terminate_backend(pg_catalog.pg_backend_pid())")
+    bad, good = database.insert("bad", "good")
+    deaths = keep_running(spawn, database, DIE_AT_LOSS="1", MAX_ATTEMPTS="1")
+
+    wait_until(lambda: deaths() >= 0 and database.is_at_rest(), 60)
+
+    assert [(row[0], row[5]) for row in database.queue()] == [(bad, True)]
+    assert set(database.embedded()) == {good}
 
 
 def test_innocent_events_survive_more_deaths_than_they_have_attempts(

@@ -17,6 +17,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from listener.config import Settings
+from listener.console import say
 from tests.harness import Database, Spawn, environment, listener, wait_until
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
@@ -87,6 +88,13 @@ def test_a_watched_status_is_renewed_in_place_and_ends_with_ctrl_c(static: Datab
     # Up by a line, and the cursor is there again at the end.
     assert f"{_ESCAPE}[1A" in watching.shown()
     assert watching.shown().rfind(f"{_ESCAPE}[?25h") > watching.shown().rfind(f"{_ESCAPE}[?25l")
+
+
+def test_no_message_commands_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said may quote what a device or a writer chose."""
+    say("event \x1b[2J\x9b is not known\n")
+
+    assert capsys.readouterr().err == "event \\x1b[2J\\x9b is not known\n\n"
 
 
 @pytest.mark.parametrize(("variables", "is_coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])

@@ -11,7 +11,7 @@ from listener.claim import Claim
 from listener.config import Settings
 from listener.database import Connection, connect
 from listener.queue import Queue
-from listener.worker import Worker, beat
+from listener.worker import LOCK_CLASS, Worker, beat
 from tests.harness import (
     Database,
     TinyEmbedder,
@@ -100,6 +100,19 @@ def test_a_backfilled_event_that_is_due_again_is_found_by_a_beat(database: Datab
         )
 
         wait_until(lambda: not database.queue())
+
+
+def test_locks_of_numbers_to_come_that_somebody_holds_stop_no_worker(database: Database) -> None:
+    """Any role that may connect can take them."""
+    with database.session() as hostile:
+        hostile.execute(
+            "select pg_advisory_lock(%s, n) from generate_series(1, 20) n", [LOCK_CLASS]
+        )
+        with serving(database):
+            database.insert("a")
+            wait_until(database.embedded)
+
+            assert database.rows("select worker from listener.live_worker") == [(21,)]
 
 
 def test_a_worker_of_another_database_is_not_listed(

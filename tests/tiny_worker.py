@@ -24,6 +24,7 @@ from listener.encoding import Encoder
 from listener.errors import EncoderLost
 from listener.logs import log
 from listener.queue import Queue
+from listener.service import Service
 from listener.wakeup import Wakeup
 from tests.harness import TinyEmbedder
 
@@ -93,6 +94,9 @@ if __name__ == "__main__":
     setattr(commands_run, "load_encoder", _load_encoder)  # noqa: B010  mypy: not exported there
     if "DIE_AT" in os.environ:
         _end_at(os.environ["DIE_AT"], _die)
+    if "DIE_AT_LOSS" in os.environ:
+        # As one that the kernel kills while it receives too much: the server then commits nothing.
+        setattr(Service, "_suspect", lambda *_: _die())  # noqa: B010  mypy: no such method
     if "HANG_AT" in os.environ:
         # Longer than the beat of an idle loop.
         health.STALLED_SECONDS = 4.0
