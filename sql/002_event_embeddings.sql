@@ -64,6 +64,19 @@ begin
   loop
     execute pg_catalog.format('revoke all on public.event_embeddings from %I', v_role);
   end loop;
+  -- Default privileges may have given more than to read and write. A trigger there would run with the
+  -- rights of the owner, when an event is deleted, or of the service; and no policy stops a truncate.
+  for v_role in
+    select distinct g.rolname
+    from pg_catalog.pg_class c
+    cross join lateral pg_catalog.aclexplode(c.relacl) a
+    join pg_catalog.pg_roles g on g.oid = a.grantee
+    where c.oid = 'public.event_embeddings'::regclass and a.grantee <> c.relowner
+  loop
+    execute pg_catalog.format(
+      'revoke trigger, truncate, references on public.event_embeddings from %I', v_role
+    );
+  end loop;
 end
 $$;
 

@@ -32,18 +32,5 @@ begin
       'revoke all on %s %s from %s', v_given.kind, v_given.name, v_given.grantee
     );
   end loop;
-  -- A trigger there would run with the rights of the owner, when an event is deleted, or of the service.
-  for v_given in
-    select distinct case when a.grantee = 0 then 'public' else pg_catalog.quote_ident(g.rolname) end
-      as grantee
-    from pg_catalog.pg_class c
-    cross join lateral pg_catalog.aclexplode(c.relacl) a
-    left join pg_catalog.pg_roles g on g.oid = a.grantee
-    where c.oid = 'public.event_embeddings'::regclass and a.grantee <> c.relowner
-  loop
-    execute pg_catalog.format(
-      'revoke trigger, truncate, references on public.event_embeddings from %s', v_given.grantee
-    );
-  end loop;
 end
 $$;
