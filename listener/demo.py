@@ -90,7 +90,6 @@ def _started(home: Path) -> embedded.Server:
     try:
         server = embedded.Server.prepared(home / "postgres", embedded.binaries())
         server.start()
-    # A copy of many files has an error of its own, which has no more than a list of theirs.
     except OSError as error:
         raise _refused(home, error) from error
     return server

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,7 @@ def _reachable(programs: Path, home: Path) -> Path:
         return programs
     site, package = programs.parents[2], programs.parents[1].name
     # Beside home, which is the server's account's: what root runs must not be its to change.
-    copy = home.parent / f"server-{metadata.version(package)}"
+    copy = home.parent / f"server-{programs.stat().st_mtime_ns}"
     if not copy.exists():
         half = home.parent / "server-half"
         home.parent.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def _may_pass(error: Exception) -> bool:
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002  its names
+    def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002  the base's
         """Refused where there are many: each has a thread for as long as its client likes."""
         return threading.active_count() < _MOST_THREADS
 

@@ -263,7 +263,7 @@ class Queue:
     ) -> SweepPage:
         """Queue what lacks a current embedding in a page of events; with `model` None, all."""
         rows = self._execute(queries.SWEEP, model=model, start=start, events=events, since=since)
-        return SweepPage(*rows[0][:3])
+        return SweepPage(*rows[0][:-1])
 
     def notify(self) -> None:
         """Wake a worker, whatever the gate says, to what was given back or put back."""
@@ -294,7 +294,7 @@ class Queue:
             raise LostOverEvents(str(error)) from error
 
     def _execute(self, statement: str, **parameters: Any) -> list[Any]:
-        health.progressed()  # many statements, perhaps, until the event to blame is found
+        health.progressed()
         with translated():
             cursor = self._conn.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else []
