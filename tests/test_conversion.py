@@ -35,39 +35,29 @@ def test_a_second_conversion_keeps_the_first(converted: Settings) -> None:
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_conversion_is_open_to_the_services_account_and_clears_up_after_a_killed_one(
+def test_a_conversion_is_open_to_the_services_account_but_for_what_links_lead_to(
     converted: Settings, tmp_path: Path
 ) -> None:
-    """Whatever the umask of who converts."""
+    """Whatever the umask of who converts; and the service's account may own the folder."""
     settings = replace(converted, model_cache=tmp_path / "cache")
-    former = os.umask(0o077)
-    try:
-        folder = convert(settings)
-        (folder.parent / ".converting-killed" / "made").mkdir(parents=True)
-        convert(settings)
-    finally:
-        os.umask(former)
-
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    made = [settings.model_cache, folder.parent, folder, *folder.rglob("*")]
-    assert len(made) > 5
-    assert all(path.stat().st_mode & 0o004 for path in made)
-
-
-def test_a_conversion_opens_no_file_that_a_link_leads_to(
-    converted: Settings, tmp_path: Path
-) -> None:
-    """The account of the service owns the folder, and root converts."""
-    settings = replace(converted, model_cache=tmp_path / "cache")
+    shutil.copytree(converted.model_cache, settings.model_cache)
+    folder = converted_directory(locate(settings), settings)
+    made = [folder.parent, folder, *folder.rglob("*")]
+    for path in made:
+        path.chmod(0o700 if path.is_dir() else 0o600)
     secret, elsewhere = tmp_path / "secret", tmp_path / "elsewhere"
     secret.touch(0o600)
     elsewhere.mkdir(0o700)
-    folder = convert(settings)
     (folder / "compiled" / "link").symlink_to(secret)
     (folder / "compiled" / "folder").symlink_to(elsewhere)
+    # As one leaves it that is killed.
+    (folder.parent / ".converting-killed" / "made").mkdir(parents=True)
 
     convert(settings)
 
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert len(made) > 5
+    assert all(path.stat().st_mode & 0o004 for path in made)
     assert [path.stat().st_mode & 0o777 for path in (secret, elsewhere)] == [0o600, 0o700]
 
 
@@ -75,14 +65,18 @@ def test_conversions_at_once_all_leave_the_model(
     converted: Settings, tmp_path: Path, spawn: Spawn
 ) -> None:
     """None takes another's files away."""
-    settings = replace(converted, model_cache=tmp_path)
+    settings = replace(converted, model_cache=tmp_path / "cache")
+    former = os.umask(0o077)
+    conversions = [spawn(settings, "model", "convert") for _ in range(3)]
+    os.umask(former)
 
-    conversions = [spawn(settings, "model", "convert") for _ in range(4)]
-
-    assert [one.process.wait(300) for one in conversions] == [0] * 4, [
+    assert [one.process.wait(300) for one in conversions] == [0] * 3, [
         one.output() for one in conversions
     ]
     assert load_embedder(replace(settings, engine="openvino")).engine == "openvino"
+    # For the account of the service, too.
+    assert all(path.stat().st_mode & 0o004 for path in (tmp_path / "cache").rglob("*"))
+    assert (tmp_path / "cache").stat().st_mode & 0o005
 
 
 def test_a_model_is_converted_out_of_the_cache_that_the_env_file_names(

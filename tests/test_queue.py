@@ -17,6 +17,7 @@ from tests.harness import (
     Database,
     TinyEmbedder,
     claimed,
+    is_asleep,
     serving,
     store,
     unread,
@@ -576,7 +577,8 @@ def test_backfill_takes_no_more_than_the_last_n(database: Database) -> None:
     database.forget_queue()
 
     with serving(database.with_settings(backfill_last_n=10)):
-        wait_until(database.embedded)
+        wait_until(lambda: len(database.embedded()) >= 10)
+        wait_until(lambda: is_asleep(database))
         database.wait_for_rest()
 
     assert sorted(database.embedded()) == ids[-10:]
