@@ -455,14 +455,14 @@ where q.event_id = h.event_id
 # Its commit waits for the disk: nobody would miss what a crash of the server undid, since the sweep
 # goes on with the next page.
 SWEEP = """
-select
-  s.scanned,
-  s.queued,
-  s.next_from,
-  case when pg_catalog.current_setting('synchronous_commit') = 'off'
-    then pg_catalog.set_config('synchronous_commit', 'local', true)
-  end
-from listener.sweep(%(model)s, %(start)s, %(events)s, %(since)s) s
+select s.scanned, s.queued, s.next_from
+from
+  pg_catalog.set_config(
+    'synchronous_commit',
+    pg_catalog.replace(pg_catalog.current_setting('synchronous_commit'), 'off', 'local'),
+    true
+  ),
+  listener.sweep(%(model)s, %(start)s, %(events)s, %(since)s) s
 """
 
 # Parked events that were deleted.

@@ -263,7 +263,7 @@ class Queue:
     ) -> SweepPage:
         """Queue what lacks a current embedding in a page of events; with `model` None, all."""
         rows = self._execute(queries.SWEEP, model=model, start=start, events=events, since=since)
-        return SweepPage(*rows[0][:-1])
+        return SweepPage(*rows[0])
 
     def notify(self) -> None:
         """Wake a worker, whatever the gate says, to what was given back or put back."""
