@@ -47,12 +47,11 @@ class Server:
     def prepared(cls, home: Path, programs: Path, port: int | None = None, *options: str) -> Server:
         """Make the data directory if it isn't there. `options` are -c settings, name=value."""
         server = cls(home, _reachable(programs, home), port, options)
-        if home.exists():
-            # An earlier version left it open.
-            home.chmod(0o700)
+        home.mkdir(parents=True, exist_ok=True)
+        # Closed to others, also where an earlier version left it open: who reaches the socket is
+        # superuser.
+        home.chmod(0o700)
         if not (home / "data" / "PG_VERSION").exists():
-            # Closed to others: who reaches the socket is superuser.
-            home.mkdir(parents=True, exist_ok=True, mode=0o700)
             if os.geteuid() == 0:
                 account = pwd.getpwnam(_UNPRIVILEGED)
                 os.chown(home, account.pw_uid, account.pw_gid)

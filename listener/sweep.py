@@ -79,20 +79,20 @@ class Sweep:
         self._now.is_blind = events == 1 and not is_last
 
     def _queue_page(self, queue: Queue, model: str, events: int) -> int:
-        began = time.monotonic()
-        page = queue.sweep(None if self._now.is_blind else model, self._now.start, events)
-        self._now.is_blind = False
+        now, began = self._now, time.monotonic()
+        page = queue.sweep(None if now.is_blind else model, now.start, events)
+        now.is_blind = False
         took = max(time.monotonic() - began, 1e-3)
-        self._now.least_seconds = min(self._now.least_seconds, took)
-        seconds = max(_PAGE_SECONDS, _TIMES_THE_LEAST * self._now.least_seconds)
+        now.least_seconds = min(now.least_seconds, took)
+        seconds = max(_PAGE_SECONDS, _TIMES_THE_LEAST * now.least_seconds)
         fitting = int(events * seconds / took)
         # By doubling, or an event that was just found to be too much would be met in a full page.
-        self._now.page_events = min(max(fitting, 1), 2 * events, _PAGE)
-        self._now.start = page.next_from
-        self._now.left -= page.scanned
+        now.page_events = min(max(fitting, 1), 2 * events, _PAGE)
+        now.start = page.next_from
+        now.left -= page.scanned
         if page.queued:
             log(logging.INFO, "backfill_queued", scanned=page.scanned, queued=page.queued)
-        if page.next_from is None or self._now.left <= 0:
+        if page.next_from is None or now.left <= 0:
             self._schedule()
         return page.queued
 

@@ -10,14 +10,10 @@ from tests.harness import SERVICE_ROLE, Database
 
 def replace_input(database: Database, on_bad: str, volatility: str = "stable") -> None:
     """The text is the message, or what `on_bad` does."""
-    database.rows(
+    _define_input(
+        database,
+        f"plpgsql {volatility}",
         f"""
-        create or replace function listener.embedding_input(event public.iot_events)
-        returns text
-        language plpgsql
-        {volatility}
-        set search_path = ''
-        as $$
         declare
           v_text text;
         begin
@@ -27,27 +23,28 @@ def replace_input(database: Database, on_bad: str, volatility: str = "stable") -
             return event.message;
           end if;
         end
-        $$
-        """
+        """,
     )
 
 
 def replace_input_in_sql(database: Database) -> None:
     """The same in a function of SQL, which is a part of each statement; of a bad one a division."""
+    _define_input(
+        database,
+        "sql stable",
+        """
+        select case
+          when event.message = 'bad' then (1 / (length(event.message) - 3))::text
+          else event.message
+        end
+        """,
+    )
+
+
+def _define_input(database: Database, language: str, body: str) -> None:
     database.rows(
-        """
-        create or replace function listener.embedding_input(event public.iot_events)
-        returns text
-        language sql
-        stable
-        set search_path = ''
-        as $$
-          select case
-            when event.message = 'bad' then (1 / (length(event.message) - 3))::text
-            else event.message
-          end
-        $$
-        """
+        "create or replace function listener.embedding_input(event public.iot_events) "
+        f"returns text language {language} set search_path = '' as $${body}$$"
     )
 
 

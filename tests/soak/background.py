@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import traceback
 
+from tests.soak.ground import Connection
+
 
 class Background(threading.Thread):
     """Calls `step` until it is stopped; what `step` raises ends the thread and is kept."""
@@ -13,6 +15,7 @@ class Background(threading.Thread):
         super().__init__(name=name, daemon=True)
         self.stopped = threading.Event()
         self.failure: str | None = None
+        self._conn: Connection | None = None
 
     def step(self) -> None:
         """One round; waits on `stopped`, never sleeps."""
@@ -26,9 +29,11 @@ class Background(threading.Thread):
             self.failure = traceback.format_exc()
 
     def end(self, seconds: float = 60.0) -> None:
-        """Stop and wait."""
+        """Stop, wait, and leave the database if the thread has a connection."""
         self.stopped.set()
         if self.is_alive():
             self.join(seconds)
         if self.is_alive() and self.failure is None:
             self.failure = f"{self.name} did not stop within {seconds:.0f} s"
+        if self._conn is not None:
+            self._conn.close()

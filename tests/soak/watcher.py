@@ -35,7 +35,6 @@ class Watcher(Background):
     def __init__(self, ground: Ground) -> None:
         super().__init__("watcher")
         self._ground = ground
-        self._conn: Connection | None = None
         self._before: set[Any] = set()
         self.in_transaction: list[str] = []
         self.pending = 0
@@ -51,12 +50,6 @@ class Watcher(Background):
         except psycopg.OperationalError:
             self._before = set()
         self.stopped.wait(_EVERY_SECONDS)
-
-    def end(self, seconds: float = 60.0) -> None:
-        """Stop, wait and leave the database."""
-        super().end(seconds)
-        if self._conn is not None:
-            self._conn.close()
 
     def _look(self, conn: Connection) -> None:
         seen = {row[:2]: row[2:] for row in conn.execute(_IN_TRANSACTION)}

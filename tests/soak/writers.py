@@ -58,7 +58,6 @@ class Writer(Background):
         self._tally = tally
         self._rate = rate
         self._dice = dice(seed, self.name)
-        self._conn: Connection | None = None
         self._newest = 1
         self._fine_at = time.monotonic()
         self._actions: list[tuple[int, Callable[[Connection], Counter[str]]]] = [
@@ -91,12 +90,6 @@ class Writer(Background):
             self._failed(error)
         pause = events / self._rate * self._dice.uniform(0.5, 1.5)
         self.stopped.wait(max(pause - (time.monotonic() - began), 0))
-
-    def end(self, seconds: float = 60.0) -> None:
-        """Stop, wait and leave the database."""
-        super().end(seconds)
-        if self._conn is not None:
-            self._conn.close()
 
     def _connected(self) -> Connection:
         if self._conn is None or self._conn.closed:
