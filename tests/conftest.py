@@ -177,6 +177,12 @@ def spawn(tmp_path: Path) -> Iterator[Spawn]:
         command.process.wait()
 
 
+@pytest.fixture
+def quick_reconnects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait before a new session does not grow where one is lost soon after the other."""
+    monkeypatch.setattr("listener.service._BRIEF_SECONDS", 0.0)
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """Real 384-D weights."""
@@ -236,11 +242,12 @@ def gte_small_cache(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> P
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Settings:
-    """Settings of the real weights, converted for OpenVINO."""
+    """Settings of the real weights, converted for OpenVINO; once for all processes of a run."""
     from listener.convert import convert
 
-    cache = tmp_path_factory.mktemp("model-cache")
-    settings = Settings(embedding_model=str(minilm), model_cache=cache)
+    folder = tmp_path_factory.getbasetemp()
+    run = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    settings = Settings(embedding_model=str(minilm), model_cache=run / "model-cache")
     convert(settings)
     return settings
 

@@ -72,10 +72,14 @@ def as_service(url: str) -> str:
 
 def wait_until(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:
     """The condition's first true value; fails the test if there is none in time."""
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
+    deadline = began + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.005)
+        ended = time.monotonic()
+        assert ended < deadline, f"not within {seconds} s"
+        # To look takes but half the time, or it would hold up what is waited for.
+        time.sleep(min(max(0.005, ended - began), 0.5))
+        began = time.monotonic()
     return value
 
 
@@ -397,28 +401,26 @@ Spawn = Callable[..., Command]
 
 
 def environment(settings: Settings, **variables: str) -> dict[str, str]:
-    """The environment of a `listener` process on this database."""
-    ours = {spec.name.upper() for spec in fields(Settings)}
+    """The environment of a `listener` process with these settings."""
+    values = {spec.name.upper(): getattr(settings, spec.name) for spec in fields(Settings)}
+    defaults = {spec.name.upper(): spec.default for spec in fields(Settings)}
     return {
         # Nothing that somebody has set for a service of their own.
         **{
             name: value
             for name, value in os.environ.items()
-            if name not in ours and not name.startswith("HF_")
+            if name not in values and not name.startswith("HF_")
         },
+        # The rest is left to the .env of a test.
+        **{name: str(value) for name, value in values.items() if value != defaults[name]},
         # Started elsewhere, where no .env lies, it finds the tests' modules all the same.
         "PYTHONPATH": str(Path(__file__).parents[1]),
-        "DATABASE_URL": settings.database_url,
-        "EMBEDDING_MODEL": settings.embedding_model,
-        "ENGINE": settings.engine,
-        "MODEL_CACHE": str(settings.model_cache),
-        "REPORTS_DIR": str(settings.reports_dir),
         **variables,
     }
 
 
 @cache
-def _empty_folder() -> str:
+def empty_folder() -> str:
     """Where no .env and no module of somebody's lies."""
     folder = tempfile.mkdtemp(prefix="listener-")
     atexit.register(os.rmdir, folder)
@@ -436,7 +438,7 @@ def listener(
     return subprocess.run(
         [sys.executable, "-m", "listener", *arguments],
         env=environment(settings, **variables),
-        cwd=cwd or _empty_folder(),
+        cwd=cwd or empty_folder(),
         capture_output=True,
         text=True,
         check=check,

@@ -228,11 +228,11 @@ def test_behind_a_pooler_what_takes_too_long_fails_no_event(
 _KILLS = "perform pg_catalog.pg_terminate_backend(pg_catalog.pg_backend_pid())"
 
 
+@pytest.mark.usefixtures("quick_reconnects")
 def test_an_event_over_which_the_connection_is_lost_is_parked_and_its_mates_are_stored(
-    database: Database, monkeypatch: pytest.MonkeyPatch
+    database: Database,
 ) -> None:
     """Each time that it is read."""
-    monkeypatch.setattr("listener.service._BRIEF_SECONDS", 0.0)
     replace_input(database, _KILLS)
     bad, *mates = database.insert("bad", "a", "b")
 
@@ -242,12 +242,12 @@ def test_an_event_over_which_the_connection_is_lost_is_parked_and_its_mates_are_
         wait_until(lambda: database.embedded().keys() == set(mates))
 
 
+@pytest.mark.usefixtures("quick_reconnects")
 @pytest.mark.parametrize("on_bad", [_KILLS, "perform pg_catalog.pg_sleep(9)"])
 def test_a_sweep_gets_past_an_event_that_loses_the_connection_or_takes_too_long(
     database: Database, monkeypatch: pytest.MonkeyPatch, on_bad: str
 ) -> None:
     """It is queued without a look at its text, and parked; what is older is swept, too."""
-    monkeypatch.setattr("listener.service._BRIEF_SECONDS", 0.0)
     limit_statements(monkeypatch, "0.5s")
     older, bad, _ = database.insert("older", "bad", "newer")
     serve_once(database)
@@ -361,12 +361,12 @@ def test_behind_a_pooler_a_sweep_does_not_queue_what_takes_too_long(
     assert database.queue() == []
 
 
+@pytest.mark.usefixtures("quick_reconnects")
 def test_a_sweep_waits_for_a_lock_and_blames_no_event(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As for the time of a `vacuum full`; it goes on where it was."""
     limit_statements(monkeypatch, "50ms", instead="6s")
-    monkeypatch.setattr("listener.service._BRIEF_SECONDS", 0.0)
     monkeypatch.setattr("listener.sweep._PAGE", 1)
     ids = database.insert("a", "b")
     database.forget_queue()

@@ -23,6 +23,7 @@ from listener.finding import Finding
 from tests.harness import (
     Database,
     TinyEmbedder,
+    empty_folder,
     environment,
     listener,
     serving,
@@ -155,6 +156,7 @@ def test_a_host_with_ipv6_only_is_named_where_there_is_no_ipv6(static: Database)
     finished = subprocess.run(
         ["unshare", "--user", "--net", sys.executable, "-m", "listener", "check"],
         env=environment(settings),
+        cwd=empty_folder(),
         capture_output=True,
         text=True,
         check=False,

@@ -27,6 +27,7 @@ from tests.harness import (
     Database,
     Spawn,
     TinyEmbedder,
+    empty_folder,
     environment,
     listener,
     serving,
@@ -43,8 +44,8 @@ def test_status_counts_and_says_what_the_scope_is(static: Database) -> None:
     static.park(1)
     static = static.with_settings(backfill_last_n=2)
 
-    text = listener(static.settings, "status", BACKFILL_LAST_N="2")
-    data = json.loads(listener(static.settings, "status", "--json", BACKFILL_LAST_N="2").stdout)
+    text = listener(static.settings, "status")
+    data = json.loads(listener(static.settings, "status", "--json").stdout)
 
     assert (data["embedded"], data["pending"], data["parked"]) == (0, 2, 1)
     assert data["scope"]["events"] == 2
@@ -91,7 +92,7 @@ def test_run_yields_to_the_writers_unless_it_was_given_a_priority(
     if os.getpriority(os.PRIO_PROCESS, 0) != 0:
         pytest.skip("the tests were given a priority, and what they start inherits it")
     command = ["nice", f"-n{given}", sys.executable, "-m", "listener", "run"]
-    process = subprocess.Popen(command, env=environment(static.settings))
+    process = subprocess.Popen(command, env=environment(static.settings), cwd=empty_folder())
     try:
         wait_until(lambda: static.value("select count(*) from listener.worker"), 60)
 
@@ -175,9 +176,11 @@ def test_an_event_that_was_parked_and_has_changed_is_shown_as_pending(database: 
     assert (state.pending, state.parked) == (True, False)
 
 
-def test_search_finds_by_meaning(database: Database, minilm: Path) -> None:
+def test_search_finds_by_meaning(database: Database, converted: Settings) -> None:
     """With real weights, and words that the event doesn't have."""
-    real = database.with_settings(embedding_model=str(minilm))
+    real = database.with_settings(
+        embedding_model=converted.embedding_model, model_cache=converted.model_cache
+    )
     real.insert("bearing temperature of pump 7 above its limit", "door left open", "battery low")
     listener(real.settings, "run", "--once")
 
@@ -496,7 +499,7 @@ def test_the_demo_shows_events_and_a_search_and_goes_on_where_it_was(
     open_folder: Path, tmp_path: Path
 ) -> None:
     """What `make run` does without a database."""
-    settings = Settings(database_url="", reports_dir=tmp_path)
+    settings = Settings(database_url="", reports_dir=tmp_path, model_cache=tmp_path)
     open_folder = open_folder / "our demo's"
     open_folder.mkdir()
     # A relative place, and where another server is.

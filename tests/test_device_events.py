@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ NEIGHBOURS = 10
 
 @pytest.mark.model
 def test_neighbours_of_a_device_event_are_of_its_kind(
-    database: Database, minilm: object, device_events: list[dict[str, str]]
+    database: Database, converted: Settings, device_events: list[dict[str, str]]
 ) -> None:
     """All 6,000 in one COPY get a vector, no distinct text is encoded twice, and vectors that are
     near share the event's template far more often than chance."""
@@ -25,10 +26,10 @@ def test_neighbours_of_a_device_event_are_of_its_kind(
     with database.conn.cursor() as cursor, cursor.copy(copy.encode()) as rows:
         for event in device_events:
             rows.write_row([event[column] for column in columns])
-    settings = Settings(
-        database_url=database.settings.database_url,
-        embedding_model=str(minilm),
-        reports_dir=database.settings.reports_dir,
+    settings = replace(
+        database.settings,
+        embedding_model=converted.embedding_model,
+        model_cache=converted.model_cache,
     )
 
     finished = listener(settings, "run", "--once")

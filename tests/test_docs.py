@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import Field, fields
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,7 @@ def listener_imports(path: Path) -> set[str]:
     return found
 
 
+@cache
 def strings_of_the_source() -> list[str]:
     """Every string in listener/, with … where a value is put in."""
     found = []
@@ -199,6 +201,7 @@ def test_the_readme_names_only_commands_and_options_that_exist() -> None:
         re.MULTILINE,
     )
 
+    assert len(typed) > 10
     for one, rest, other, inner in typed:
         command = COMMANDS[one or other]
         options = {option for parameter in command.params for option in parameter.opts}
@@ -218,6 +221,16 @@ def test_help_names_the_settings_that_the_command_reads(name: str) -> None:
     assert read <= set(re.findall(r"\b[A-Z][A-Z_]+\b", text))
     for setting in COMMANDS[name].settings:  # type: ignore[attr-defined]
         assert f"{setting.upper()} {meaning_of(SETTINGS[setting.upper()])}" in text
+
+
+@pytest.mark.parametrize("call", READS)
+def test_some_command_has_the_call_that_tells_what_it_reads(call: str) -> None:
+    """Renamed, it would be looked for in vain."""
+    sources = [
+        inspect.getsource(inspect.unwrap(one.callback)) for one in COMMANDS.values() if one.callback
+    ]
+
+    assert any(re.search(rf"\b{re.escape(call)}", source) for source in sources)
 
 
 def test_every_setting_is_named_by_the_help_of_some_command() -> None:

@@ -22,7 +22,7 @@ from listener.encoding import Encoder
 from listener.errors import ConfigError
 from listener.model import locate
 from listener.passes import plan_passes
-from tests.harness import Database, environment, listener
+from tests.harness import Database, empty_folder, environment, listener
 
 EXACT = 0.9999
 HEAVY = ("torch", "transformers", "sentence_transformers", "openvino_telemetry")
@@ -331,6 +331,7 @@ def test_openvinos_memory_stops_growing_with_the_shapes_that_it_has_met(
     finished = subprocess.run(
         [sys.executable, "-c", _ENCODE_MANY_SHAPES],
         env=environment(replace(converted, engine="openvino")),
+        cwd=empty_folder(),
         capture_output=True,
         text=True,
         check=True,
@@ -376,6 +377,7 @@ def test_no_command_imports_torch_with_a_converted_or_static_model(
     finished = subprocess.run(
         [sys.executable, "-c", _RUN_AND_TELL, *arguments, *([event_id] * (arguments == ("show",)))],
         env=environment(settings),
+        cwd=empty_folder(),
         capture_output=True,
         text=True,
         check=True,

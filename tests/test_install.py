@@ -23,7 +23,15 @@ from listener.errors import ConnectionLost, SchemaError
 from listener.preflight import require_installable
 from listener.template import Step, sql_text
 from listener.vectors import register_vector
-from tests.harness import Database, TinyEmbedder, environment, listener, serve_once, serving
+from tests.harness import (
+    Database,
+    TinyEmbedder,
+    empty_folder,
+    environment,
+    listener,
+    serve_once,
+    serving,
+)
 
 NewDatabase = Callable[..., AbstractContextManager[str]]
 
@@ -193,7 +201,8 @@ def test_an_install_that_nobody_hears_leaves_its_report(
     with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
         settings = replace(database.settings, reports_dir=tmp_path)
         command = [sys.executable, "-m", "listener", "install"]
-        subprocess.run(command, env=environment(settings), stderr=write_end, check=False)
+        variables, folder = environment(settings), empty_folder()
+        subprocess.run(command, env=variables, cwd=folder, stderr=write_end, check=False)
         os.close(write_end)
 
         install.verify(database.conn)

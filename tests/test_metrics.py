@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from wsgiref.simple_server import demo_app
 
@@ -84,13 +85,7 @@ def watch(spawn: Spawn) -> Callable[..., Endpoint]:
 
     def start(database: Database, **variables: str) -> Endpoint:
         port = free_port()
-        settings = database.settings
-        variables = {
-            "METRICS_PORT": str(port),
-            "RETRY_SECONDS": str(settings.retry_seconds),
-            "POLL_SECONDS": str(settings.poll_seconds),
-            **variables,
-        }
+        settings = replace(database.settings, metrics_port=port)
         endpoint = Endpoint(spawn(settings, "run", module="tests.tiny_worker", **variables), port)
         endpoint.worker.wait_for("event=metrics_served")
         return endpoint
@@ -268,19 +263,24 @@ def test_a_scrape_that_the_database_fails_shows_no_old_number(
 
 
 def test_a_scrape_that_is_never_answered_is_given_up(
-    proxy: Proxy, database: Database, watch: Callable[..., Endpoint]
+    proxy: Proxy, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else there would be no numbers of the database until a restart."""
-    endpoint = watch(database.through(proxy.port))
-    wait_until(lambda: endpoint.value("listener_database_up") == 1)
+    limits = {"_GAUGES_SECONDS": 0.0, "_PATIENCE_SECONDS": 0.5, "_GAUGES_LIMIT": 3}
+    for name, seconds in {**limits, "_GRACE_SECONDS": 1.0}.items():
+        monkeypatch.setattr(f"listener.metrics.{name}", seconds)
+    registry = make_registry(database.through(proxy.port).settings)
+    is_up = partial(registry.get_sample_value, "listener_database_up")
+    wait_until(is_up)
 
     with database.session() as other, other.transaction():
         other.execute("lock table listener.queue in access exclusive mode")
-        wait_until(lambda: endpoint.values() and database.waits("listener-metrics"))
+        wait_until(lambda: not is_up() and database.waits("listener-metrics"))
         proxy.black_hole()
     proxy.heal()
+    assert not is_up()
 
-    wait_until(lambda: endpoint.value("listener_database_up") == 1, 60)
+    wait_until(is_up)
 
 
 def test_no_scrape_waits_on_at_the_server_for_somebodys_lock(
@@ -412,11 +412,10 @@ def test_a_client_that_says_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -
         assert client.recv(1) == b""
 
 
-@pytest.mark.parametrize("port", [99_999])
-def test_a_port_beyond_all_ports_is_refused(port: int) -> None:
+def test_a_port_beyond_all_ports_is_refused() -> None:
     """As one that is taken."""
     with pytest.raises(ConfigError, match="can't be listened on"):
-        start_endpoint(Settings(metrics_port=port))
+        start_endpoint(Settings(metrics_port=99_999))
 
 
 def test_without_the_extra_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from listener.encoding import Encoder
@@ -35,6 +35,7 @@ def all_cuts(lengths: Sequence[int]) -> Iterator[list[list[int]]]:
                 yield passes
 
 
+@settings(deadline=None)
 @given(lengths_of_texts)
 def test_every_text_is_in_one_pass_and_no_pass_is_too_long(lengths: list[int]) -> None:
     """With its padding; but one text alone may be longer."""
@@ -45,6 +46,7 @@ def test_every_text_is_in_one_pass_and_no_pass_is_too_long(lengths: list[int]) -
         assert len(one) == 1 or len(one) * max(lengths[index] for index in one) <= MOST
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([2, 3, 20, 21, 22, 90, 120]), min_size=1, max_size=8),
     st.sampled_from([OVERHEAD_ON_CPU, OVERHEAD_ON_GPU]),

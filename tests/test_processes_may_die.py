@@ -18,16 +18,7 @@ _TINY = "tests.tiny_worker"
 
 def start(spawn: Spawn, database: Database, **variables: str) -> Command:
     """A worker process with the tiny model."""
-    settings = database.settings
-    return spawn(
-        settings,
-        "run",
-        module=_TINY,
-        LEASE_SECONDS=str(settings.lease_seconds),
-        RETRY_SECONDS=str(settings.retry_seconds),
-        POLL_SECONDS=str(settings.poll_seconds),
-        **variables,
-    )
+    return spawn(database.settings, "run", module=_TINY, **variables)
 
 
 def start_with_claim(spawn: Spawn, database: Database) -> Command:

@@ -18,7 +18,7 @@ import pytest
 from listener import cli
 from listener.config import Settings
 from listener.embedded import Server
-from tests.harness import Database, Spawn, environment, listener
+from tests.harness import Database, Spawn, listener
 from tests.own_server import MakeServer
 from tests.test_docs import COMMANDS
 
@@ -45,6 +45,8 @@ RUN_TO_THE_END = (
     ["demo", "--nonsense"],
     ["uninstall"],
 )
+# Without a server all of these end at the same place, but what they wanted there.
+WITHOUT_SERVER = (["install", "--dry-run"], ["check"], ["status"], ["backfill", "--all"])
 # What they say before they are stopped, with a server and without; without one a watch ends.
 RUN_UNTIL_STOPPED = (
     (["run"], "event=listening", "connection_lost"),
@@ -86,7 +88,7 @@ def secretive(static: Database, tmp_path: Path) -> Iterator[tuple[Settings, dict
 
 @pytest.mark.parametrize("reaches", [True, False], ids=["server", "no server"])
 def test_no_command_shows_a_password(
-    secretive: tuple[Settings, dict[str, str]], spawn: Spawn, reaches: bool
+    secretive: tuple[Settings, dict[str, str]], spawn: Spawn, tmp_path: Path, reaches: bool
 ) -> None:
     """Whether things go well or not."""
     settings, variables = secretive
@@ -103,14 +105,8 @@ def test_no_command_shows_a_password(
         running.process.wait(20)
         assert (with_server if reaches else without) in running.output()
         said += running.output()
-    for arguments in RUN_TO_THE_END:
-        finished = subprocess.run(
-            [sys.executable, "-m", "listener", *arguments],
-            env=environment(settings, **variables),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    for arguments in RUN_TO_THE_END if reaches else WITHOUT_SERVER:
+        finished = listener(settings, *arguments, check=False, cwd=tmp_path, **variables)
         said += finished.stdout + finished.stderr
     reports = list(settings.reports_dir.glob("*"))
     for report in reports:
@@ -232,18 +228,26 @@ def test_a_bug_ends_with_exit_1_and_a_traceback_without_the_password(
     ],
 )
 def test_a_connection_string_that_is_no_argument_is_quoted_without_its_password(
-    tmp_path: Path, shape: str, is_set: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    shape: str,
+    is_set: bool,
 ) -> None:
     """As psql takes it; the error of the usage repeats what it was given."""
     url = shape.format(quote(IN_URL, safe=""))
-    settings = Settings(database_url=url if is_set else "", reports_dir=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", url if is_set else "")
 
     for arguments in (["status", url], [url]):
-        finished = listener(settings, *arguments, check=False)
+        monkeypatch.setattr("sys.argv", ["listener", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
 
-        assert finished.returncode == 2
-        assert "Usage: " in finished.stderr
-        assert_nothing_given_away(finished.stdout + finished.stderr)
+        said = capfd.readouterr()
+        assert ended.value.code == 2
+        assert "Usage: " in said.err
+        assert_nothing_given_away(said.out + said.err)
 
 
 def test_the_folder_of_reports_is_for_its_owner_alone(database: Database) -> None:

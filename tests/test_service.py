@@ -60,6 +60,7 @@ def test_what_is_in_hand_when_a_connection_breaks_counts_as_never_claimed(
     assert counters.lease_expiries == expiries
 
 
+@pytest.mark.usefixtures("quick_reconnects")
 def test_losses_of_connections_far_apart_make_suspects_of_no_event(database: Database) -> None:
     """Only what loses several in a row, with nothing done in between, can be to blame."""
     embedder = TinyEmbedder()
@@ -189,15 +190,16 @@ def test_a_service_goes_on_where_an_upgrade_changes_what_a_statement_returns(
         database.wait_for_rest()
 
 
-@pytest.mark.parametrize("names", [("listener-wake",), ("listener-work",), ("listener-w%",)])
+@pytest.mark.usefixtures("quick_reconnects")
+@pytest.mark.parametrize("name", ["listener-wake", "listener-work", "listener-w%"])
 def test_terminated_connections_are_replaced_and_nothing_in_the_gap_is_lost(
-    database: Database, names: tuple[str, ...]
+    database: Database, name: str
 ) -> None:
     """The one that listens, the one that works, both; with a poll of minutes."""
     with serving(database):
         for number in range(5):
             wait_until(lambda: is_asleep(database))
-            database.terminate(names[0])
+            database.terminate(name)
             database.insert(f"in the gap {number}")
 
             database.wait_for_rest()
@@ -314,9 +316,13 @@ def test_a_killed_service_started_again_encodes_twice_only_what_was_in_flight(
     events = 20_000
     database.insert(*map(str, range(events)))
     settings = replace(
-        database.settings, embedding_model=str(static_model), batch_events=64, lease_seconds=3600.0
+        database.settings,
+        embedding_model=str(static_model),
+        batch_events=64,
+        lease_seconds=3600.0,
+        cache_texts=0,
     )
-    first = spawn(settings, "run", BATCH_EVENTS="64", LEASE_SECONDS="3600", CACHE_TEXTS="0")
+    first = spawn(settings, "run")
     wait_until(lambda: len(database.embedded()) > 500, 60)
 
     os.kill(first.process.pid, signal.SIGKILL)
@@ -325,7 +331,7 @@ def test_a_killed_service_started_again_encodes_twice_only_what_was_in_flight(
     wait_until(lambda: database.value(_SERVICE_SESSIONS) == 0)
     stored = len(database.embedded())
     assert stored < events
-    again = spawn(settings, "run", BATCH_EVENTS="64", LEASE_SECONDS="3600", CACHE_TEXTS="0")
+    again = spawn(settings, "run")
     database.wait_for_rest(60)
     assert again.end() == 0
 

@@ -18,7 +18,7 @@ import pytest
 
 from listener.config import Settings
 from listener.console import say
-from tests.harness import Database, Spawn, environment, listener, wait_until
+from tests.harness import Database, Spawn, empty_folder, environment, listener, wait_until
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
 _ESCAPE = "\x1b"
@@ -36,6 +36,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "listener", *arguments],
             env=inherited,
+            cwd=empty_folder(),
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

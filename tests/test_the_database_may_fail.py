@@ -48,6 +48,7 @@ def reconnected(database: Database) -> Iterator[Database]:
         yield replace(database, conn=conn)
 
 
+@pytest.mark.usefixtures("quick_reconnects")
 def test_twenty_crashes_of_the_server_in_mid_batch_lose_double_and_park_nothing(
     make_server: MakeServer,
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_crash_undoes_no_page_of_a_sweep(make_server: MakeServer) -> None:
         assert len(database.queue()) == 10
 
 
+@pytest.mark.usefixtures("quick_reconnects")
 def test_a_server_without_a_free_connection_is_waited_for(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:

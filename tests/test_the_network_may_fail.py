@@ -51,6 +51,7 @@ def served_through(
         yield proxy
 
 
+@pytest.mark.usefixtures("quick_reconnects")
 def test_reset_connections_are_replaced(server: Server, database: Database) -> None:
     """RST in the idle service, again and again; what arrives meanwhile is embedded."""
     with served_through(server, database) as proxy:

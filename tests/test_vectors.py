@@ -11,6 +11,7 @@ from tests.harness import Database
 def test_another_connection_gives_the_driver_no_class_to_keep(database: Database) -> None:
     """It keeps each one for good, and a service connects at every scrape."""
     before = classes()
+    assert before
 
     for _ in range(3):
         with database.session() as conn:
