@@ -45,7 +45,7 @@ def queue_events(
                 raise
             most = events // 2
         else:
-            # It may have been a lock.
+            # The time-out may have been a lock's, so pages grow again.
             most = min(2 * events, _PAGE)
             scanned, queued, start = scanned + page.scanned, queued + page.queued, page.next_from
             queue.notify()

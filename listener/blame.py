@@ -15,8 +15,8 @@ from listener.errors import SchemaError, StatementTimeout
 
 T = TypeVar("T")
 
-# What the lack of an object or a right gives, so not of a row by `database.is_of_a_row`. But an
-# embedding_input gives it for one event, where it takes what is in a column for a name.
+# Classes of a missing object or right, as a rule no row's fault. But an embedding_input that takes
+# what is in a column for a name (a cast to regclass, say) raises them for one event.
 _PERHAPS_OF_A_ROW = {"0A", "3F", "42"}
 
 
@@ -95,12 +95,12 @@ def require_input(conn: Connection) -> None:
     except SchemaError as error:
         cause = error.__cause__
         if isinstance(cause, errors.InvalidSchemaName):
-            # Ours is gone, and all with it.
+            # Schema listener is gone, and the message says that.
             raise
         reason = cause.diag.message_primary if isinstance(cause, psycopg.Error) else error
         raise SchemaError(
             f"listener.embedding_input can't be evaluated ({reason}); if a column is gone, run "
-            "`listener install --columns …`; put one of your own right"
+            "`listener install --columns …`; correct it if it is your own"
         ) from error
     except (StatementTimeout, psycopg.DatabaseError):
         # One of the user's own may fail on a row of nulls, which no event is.

@@ -48,7 +48,7 @@ where a.attrelid = (
 order by a.attnum
 """
 
-# By name, not by to_regclass, which fails for who may not use the schema, as the worker need not.
+# By name: to_regclass fails without usage on schema public, which the worker need not have.
 _FACTS = """
 with in_public as materialized (
   select c.*
@@ -95,7 +95,7 @@ select
   ) as key_is_unique,
   coalesce(pg_has_role(t.relowner, 'usage'), false) as owns_events,
   (
-    -- From the one who reads them for the service: the owner of the views, or who will be.
+    -- Hidden from the role that reads for the service: the owner of the views, or who will be.
     select min(f.relname::text)
     from in_public f
     where f.relrowsecurity and f.relforcerowsecurity and (
@@ -172,7 +172,7 @@ select
      )),
     '{}'
   ) as triggers,
-  (select p.prosrc
+  (select coalesce(pg_catalog.pg_get_function_sqlbody(p.oid), p.prosrc)
    from pg_catalog.pg_proc p
    join pg_catalog.pg_namespace n on n.oid = p.pronamespace
    where n.nspname = 'listener'

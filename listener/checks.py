@@ -16,11 +16,13 @@ from listener.claim import Claim, Event, EventId
 from listener.config import DIMENSION, Settings
 from listener.database import Connection, connect
 from listener.embedder import load_embedder
+from listener.endpoint import require_metrics
 from listener.errors import ListenerError, SchemaError
 from listener.finding import Finding
 from listener.install import verify
 from listener.preflight import events_problem, rights_problem
 from listener.queue import Queue
+from listener.worker import Worker
 
 
 def run_checks(settings: Settings) -> Iterator[Finding]:
@@ -28,6 +30,8 @@ def run_checks(settings: Settings) -> Iterator[Finding]:
     yield Finding("settings", True, "all read and in range")
     fingerprint, model = _check_model(settings)
     yield model
+    if settings.metrics_port:
+        yield _check_metrics()
     with ExitStack() as stack:
         try:
             work = stack.enter_context(connect(settings, "listener-work-check"))
@@ -74,6 +78,15 @@ def _check_model(settings: Settings) -> tuple[str | None, Finding]:
     return embedder.fingerprint, Finding("model", True, detail)
 
 
+def _check_metrics() -> Finding:
+    # Not whether the port is free: a service that runs has it.
+    try:
+        require_metrics()
+    except ListenerError as error:
+        return Finding("metrics", False, str(error), error.exit_code)
+    return Finding("metrics", True, "the package for METRICS_PORT is installed")
+
+
 def _check_extension(facts: Facts) -> Finding:
     if facts.vector_schema is None:
         remedy = "pgvector is not created here; run `create extension vector` or `listener install`"
@@ -84,7 +97,7 @@ def _check_extension(facts: Facts) -> Finding:
 
 
 def _check_events(facts: Facts) -> Finding:
-    # Who runs need not own; what only an install needs is no failure of a running service.
+    # Once installed, nobody needs the owner's rights to run.
     problem = events_problem(facts) or (None if facts.installed else rights_problem(facts))
     if problem:
         return Finding("iot_events", False, problem, 3)
@@ -101,7 +114,7 @@ def _check_schema(work: Connection) -> Finding:
 
 
 def _check_rights(settings: Settings, facts: Facts, work: Connection) -> Finding:
-    """Rehearse the loop's statements, claim for real and take it back, the others for no event."""
+    """Try the loop's statements in a transaction that is rolled back; but the claim on no event."""
     queue = Queue(work, settings, None)
     kinds: dict[str, EventId] = {"uuid": UUID(int=0), "text": ""}
     nobody = kinds.get(facts.key.type if facts.key else "", 0)
@@ -110,7 +123,13 @@ def _check_rights(settings: Settings, facts: Facts, work: Connection) -> Finding
             queue.claim(1)
             queue.read(Claim(0, [nobody]))
             queue.write(0, [Event(nobody, 0, "")], [np.zeros(DIMENSION, np.float32)], "")
+            queue.fail(0, [nobody], "")
+            queue.release(0, [nobody])
+            queue.extend(0, [nobody])
             queue.sweep("", None, 1)
+            # Last, because a beat may hold what writers need until the end of the transaction.
+            with Worker.registered(work, "") as worker:
+                worker.unlock()
     except ListenerError as error:
         return Finding("rights", False, str(error), error.exit_code)
     return Finding("rights", True, "may claim, read, write, acknowledge and sweep")

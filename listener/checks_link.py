@@ -16,12 +16,12 @@ from listener.preflight import server_problem
 from listener.stop import Stop
 from listener.wakeup import Wakeup
 
-# Less is a matter of the network that asks.
+# A smaller difference may come from the measurement.
 _CLOCKS_APART_SECONDS = 5.0
 
 
 def no_connection(settings: Settings, error: ListenerError) -> Finding:
-    """Why there is none, where the reason is one that the driver doesn't know."""
+    """The failed connection; says so where a host has IPv6 only and there is no way to it."""
     host = str(settings.connection_parameters().get("host") or os.environ.get("PGHOST", ""))
     detail = str(error)
     if _is_beyond_reach(host):
@@ -86,7 +86,7 @@ def check_server(facts: Facts) -> Finding:
     """Version, encoding, and that it can be written to."""
     problem = server_problem(facts)
     if problem:
-        # Of a read-only server the service thinks that it may change.
+        # 2, because the service waits for a read-only server, which may become writable.
         return Finding("server", False, problem, 2 if facts.read_only else 3)
     return Finding("server", True, f"PostgreSQL {facts.server_version // 10000}, a primary")
 

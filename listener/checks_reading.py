@@ -48,6 +48,9 @@ def check_search(conn: Connection) -> Finding:
 
 def check_workers(conn: Connection, fingerprint: str | None) -> Finding:
     """Two workers with two models undo each other's work. `fingerprint` None: ours is unknown."""
-    workers = read_workers(conn)
+    try:
+        workers = read_workers(conn)
+    except ListenerError as error:
+        return Finding("workers", True, f"`listener status` would fail: {error}", warns=True)
     problem = other_model(workers, fingerprint) if fingerprint else None
     return Finding("workers", True, problem or f"{len(workers)} running", warns=problem is not None)

@@ -61,7 +61,8 @@ def _tell_install(settings: Settings, before: Facts, plan: install.Plan, after: 
         facts_lines(before),
         [step.line for step in plan.steps] + list(plan.notes),
         facts_lines(after),
-        "`listener uninstall`, with `--drop-embeddings` if the vectors shall go too.",
+        "`listener uninstall`, with `--drop-embeddings` if the vectors shall go too. The "
+        "embedding_input that was replaced, if any, is the one above under Before.",
     )
     # Before any message: a closed stderr must not cost it.
     path = write_report(settings, report)
@@ -74,7 +75,7 @@ def _tell_install(settings: Settings, before: Facts, plan: install.Plan, after: 
 @click.command("uninstall", cls=Command, settings=(*DATABASE, "reports_dir"))
 @click.option("--drop-embeddings", is_flag=True, help="Drop public.event_embeddings too.")
 def uninstall_command(drop_embeddings: bool) -> None:
-    """Take the triggers and the queue out again; iot_events is left as it was."""
+    """Take triggers and queue out again; with the vectors, iot_events is as it was before."""
     settings = load_settings()
     require_reports_dir(settings)
     with connect(settings, "listener-uninstall") as conn:
@@ -90,6 +91,7 @@ def uninstall_command(drop_embeddings: bool) -> None:
         facts_lines(before),
         [step.line for step in plan.steps],
         facts_lines(after),
-        "`listener install`, then `listener backfill --all`.",
+        "`listener install`, with `--columns` if the embedding_input above under Before is not the "
+        "default one (one of your own: create it again); then `listener backfill --all`.",
     )
     say(f"uninstalled; report in {write_report(settings, report)}")

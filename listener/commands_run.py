@@ -39,9 +39,10 @@ from listener.upkeep import delete_orphans, retry
 # On a machine that it shares with the database, writers come first: where they leave no processor
 # time, events wait in the queue.
 _NICE = 10
-# The demo has a database, a model and a log level of its own; a backfill is told how much.
+# The demo has a database, a model and a log level of its own.
 _OF_THE_DEMO = {"database_url", "embedding_model", "embedding_revision", "log_level"}
 _DEMO = ("demo_dir", *(name for name in SERVICE if name not in _OF_THE_DEMO))
+# It is told how much.
 _BACKFILL = (*(name for name in SERVICE if name != "backfill_last_n"), "reports_dir")
 
 
@@ -137,7 +138,7 @@ def backfill_command(
             steps.append(_drain(conn, settings, stop, work=work))
             left = count_pending(conn)
         except Exception as error:
-            # Much may be queued; but what ended it is told, whatever becomes of the report.
+            # Much may be queued, so there is a report; if that fails too, the first error is told.
             with suppress(ConfigError):
                 cause = f"ended by an error: {cause_of(error)}"
                 write_report(settings, _backfill_report(before, [*steps, cause], "?"))

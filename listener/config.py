@@ -23,7 +23,7 @@ from listener.errors import ConfigError
 DIMENSION = 384
 # As they stand in a connection string.
 _PASSWORDS = re.compile(r"//[^/?@]*?:([^/?@]+)@|password=([^&\s]+)")
-# The database counts them, and one more, in an integer.
+# listener.page counts one more, in an integer.
 MOST_EVENTS = 2**31 - 2
 GTE_SMALL = "thenlper/gte-small"
 GTE_SMALL_REVISION = "17e1f347d17fe144873b1201da91788898c639cd"
@@ -198,13 +198,13 @@ def _load(path: Path) -> None:
     if not path.exists():
         return
     text = path.read_text("utf-8-sig")
-    # It would be left out with the library's own warning, and perhaps the database with it.
+    # python-dotenv would skip the line with a warning, and it may be the one of DATABASE_URL.
     if wrong := [one.original.line for one in parse_stream(StringIO(text)) if one.error]:
         raise ConfigError(
             f".env in the current directory can't be read (line {wrong[0]} is no NAME=value); most "
             "often a quote is not closed"
         )
-    # Or the file's would be passed by for an empty one, and another database taken.
+    # Or an empty variable would win over the file's, and another database be taken.
     ours = {spec.name.upper() for spec in fields(Settings)}
     for name in [name for name, text in os.environ.items() if not text.strip()]:
         if name in ours or name.startswith("PG"):
@@ -249,7 +249,7 @@ def _parse(spec: Field[Any], kind: type, raw: str) -> Any:
         value = kind(text)
     except ValueError:
         raise ConfigError(complaint) from None
-    # Not a number is in no range.
+    # NaN is in no range.
     if not at_least <= value <= at_most or value == math.inf:
         raise ConfigError(complaint)
     return value

@@ -65,8 +65,9 @@ def convert(settings: Settings) -> Path:
     _require_convertible(files)
     original = SentenceTransformersEmbedder(files)
     target = converted_directory(files, settings)
-    # Or one conversion would take another's files away.
+    # Only what we have made is ours to open to others.
     is_new = not settings.model_cache.exists()
+    # One conversion at a time, or it would take the unfinished files of another away.
     with alone(target.parent, partial(_not_writable, target.parent), waits=True):
         # One that was killed in its midst leaves its folder.
         for left in target.parent.glob(f"{_UNFINISHED}*"):
@@ -198,7 +199,7 @@ def _write(folder: Path, original: SentenceTransformersEmbedder, files: ModelFil
 
 
 def _traced(transformer: torch.nn.Module) -> Any:
-    # load_openvino has said that the converter is not there.
+    # Undo what load_openvino does to keep the converter away.
     sys.modules.pop("openvino.tools.ovc", None)
     from openvino.tools.ovc import convert_model
 

@@ -45,7 +45,7 @@ _NOT_OF_A_ROW = {
     *("53", "55006", "55P02", "55P03", "55P04", "57", "58", "72", "F0", "HV"),
 }
 
-# A dead peer is noticed after idle + interval * count = 19 s; unsent data after 10 s.
+# A dead peer is noticed after idle + interval * count = 19 s; with data on the way, after 10.
 _LIVELINESS = {
     "connect_timeout": 10,
     "keepalives_idle": 10,

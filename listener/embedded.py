@@ -18,7 +18,7 @@ from listener.errors import ConfigError
 
 # Postgres refuses to run as root; this account exists everywhere and owns nothing.
 _UNPRIVILEGED = "nobody"
-# Where there is no TCP, but for the name of the socket.
+# Without TCP it only names the socket's file.
 _PORT = 5432
 _LAST_LINES = 5
 
@@ -64,8 +64,7 @@ class Server:
         """Start and wait until it accepts connections; nothing happens if it runs already."""
         if self.is_running():
             return
-        # The socket directory is the server's own; TCP on loopback only.
-        # pg_ctl gives them to a shell.
+        # TCP on loopback only; quoted, because pg_ctl gives them to a shell.
         flags = [f"-k {shlex.quote(str(self.home))}"]
         # Named always, or the server would take PGPORT.
         flags += [f"-p {self.port or _PORT}", "-h 127.0.0.1" if self.port else "-h ''"]

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 _KNOWN_TEXT = "pump 7 reports a temperature of 71 degrees"
 _UNIT_TOLERANCE = 1e-3
-# In characters, each of up to four bytes: a longer text would take more memory than its vector.
+# Characters, each of up to four bytes: a longer text would take more memory than its vector.
 _LONGEST_KEY = 400
-# In characters for each token that the model computes; words and their spaces rarely have so many.
-_TOKEN_CHARACTERS = 16
-# Where there is no space, or what there is makes few tokens.
-_MOST_CHARACTERS = 256
+# Characters for each token that the model computes: more than words and their spaces usually have.
+_USUAL_CHARACTERS_PER_TOKEN = 16
+# Where it is cut even without a space, or where what there is makes few tokens.
+_MOST_CHARACTERS_PER_TOKEN = 256
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Encoder:
         return self._embedder.fingerprint
 
     def plan(self, texts: Sequence[str], most_tokens: int) -> list[Pass]:
-        """Every text in one pass, those of like length together, the longest first.
+        """Each text's pass: those of like length together, the longest first.
 
-        What is remembered costs nothing and goes with the first pass.
+        Remembered texts cost nothing and go with the first pass.
         """
         known: list[int] = []
         by_text: dict[str, list[int]] = {}
@@ -114,7 +114,7 @@ class Encoder:
         most = self._embedder.max_tokens
         if most is None:
             return text
-        end, longest = most * _TOKEN_CHARACTERS, most * _MOST_CHARACTERS
+        end, longest = most * _USUAL_CHARACTERS_PER_TOKEN, most * _MOST_CHARACTERS_PER_TOKEN
         while end < min(len(text), longest):
             beginning = text[: max(text.rfind(" ", 0, end), text.rfind("\n", 0, end), 0)]
             if self._embedder.lengths([beginning])[0] >= most:
@@ -164,7 +164,7 @@ class Encoder:
             raise
         except Exception as error:  # noqa: BLE001  any library error; the halves tell whose it is
             vectors, reason = None, f"{type(error).__name__}: {error}"
-        # Not above: as long as the error is there, so is what the pass took of the memory.
+        # Outside of the handler, where the error would keep the memory of the failed pass.
         if vectors is None:
             if len(texts) == 1:
                 return [EmbeddingError(reason)]

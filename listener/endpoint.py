@@ -29,17 +29,22 @@ _NEVER_SECONDS = 86_400.0
 _MOST_THREADS = 64
 
 
+def require_metrics() -> None:
+    """Raise ConfigError if the extra is missing; imports nothing of it."""
+    if find_spec("prometheus_client") is None:
+        raise ConfigError(
+            "the package prometheus-client is not installed; "
+            "pip install 'iot-event-listener[metrics]' or set METRICS_PORT=0"
+        )
+
+
 def start_endpoint(settings: Settings) -> None:
     """Answer on METRICS_HOST and METRICS_PORT from now on, until the process ends.
 
     Raises ConfigError if the port is taken or the extra is missing, ListenerError if the host is
     none of this machine yet.
     """
-    if find_spec("prometheus_client") is None:
-        raise ConfigError(
-            "the package prometheus-client is not installed; "
-            "pip install 'iot-event-listener[metrics]' or set METRICS_PORT=0"
-        )
+    require_metrics()
     from prometheus_client import make_wsgi_app
 
     from listener.metrics import make_registry

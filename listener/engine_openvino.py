@@ -27,11 +27,11 @@ FORMAT = 1
 MANIFEST, GRAPH, WEIGHTS, TOKENIZER = "manifest.json", "model.xml", "model.bin", "tokenizer.json"
 COMPILED = "compiled"
 
-# Least cosine with the vectors of torch. What bf16 gives is another fingerprint, not another text.
+# Least cosine with the vectors of torch. Those of bf16 have a fingerprint of their own.
 EXACT = 0.9999
 _LEAST_COSINE = {"fp32": EXACT, "bf16": 0.99}
-# OpenVINO keeps what it compiled for each shape, a quarter of a MiB, of the last 5,000; so many are
-# met within days. These are enough for the lengths that come all the time.
+# OpenVINO keeps what it compiled for the last 5,000 shapes, a quarter of a MiB each, and meets so
+# many within days. These are enough for the usual lengths.
 _SHAPES = 256
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -50,7 +50,7 @@ def load_openvino() -> Any:
     for unwanted in ("openvino_telemetry", "openvino.tools.ovc"):
         # None is how Python is told that a module is not there.
         sys.modules.setdefault(unwanted, None)  # type: ignore[arg-type]
-    # Of the library beneath, which reads it at its first use.
+    # Read by oneDNN, the library beneath, at its first use.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_SHAPES))
     import openvino
 
@@ -114,7 +114,7 @@ class OpenVinoEmbedder:
             self._require_known_vectors(manifest, _LEAST_COSINE[files.precision])
             self._helpers = HelperThreads(lambda: self._compute(manifest["texts"][:1]))
         except MemoryError:
-            # There may be some when it is started again.
+            # No ConfigError, on which systemd stays down: after a restart there may be memory.
             raise
         except Exception as error:
             # Both libraries raise bare RuntimeError and Exception.
@@ -181,7 +181,7 @@ def _compile(core: Any, directory: Path, precision: str) -> Any:
     graph, compiled = str(directory / GRAPH), directory / COMPILED
     # What compiling gives, kept. `listener model convert` makes it.
     if compiled.is_dir():
-        # It may be of another CPU, and closed to us. OpenVINO raises nothing more special.
+        # They may be of another CPU, and the folder closed to us. OpenVINO raises nothing finer.
         with suppress(RuntimeError):
             return core.compile_model(graph, "CPU", {**options, "CACHE_DIR": str(compiled)})
     return core.compile_model(graph, "CPU", options)

@@ -51,7 +51,7 @@ class StaticEmbedder:
                 self._table = weights.get_tensor(_TABLE).astype(np.float32, copy=False)
             self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         except MemoryError:
-            # There may be some when it is started again.
+            # No ConfigError, on which systemd stays down: after a restart there may be memory.
             raise
         except Exception as error:
             # tokenizers raises bare Exception.

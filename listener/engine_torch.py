@@ -64,6 +64,7 @@ class SentenceTransformersEmbedder:
         except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
             raise _gpu_failed(error) from error
         except MemoryError:
+            # No ConfigError, on which systemd stays down: after a restart there may be memory.
             raise
         except Exception as error:
             # What a damaged or unknown file makes the libraries raise is any class there is.

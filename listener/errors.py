@@ -55,7 +55,7 @@ class EmbeddingError(ListenerError):
 
 
 class ModelFault(ListenerError):
-    """The model fails on a known text too, or gives no such vectors; no event is to blame."""
+    """The model fails on a known text too, or gives another shape; no event is to blame."""
 
 
 class EncoderLost(ListenerError):

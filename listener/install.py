@@ -24,11 +24,10 @@ _INPUT_FILE = "003_embedding_input.sql"
 _OWNER_FILE = "006_owner.sql"
 _TRIGGERS_FILE = "007_triggers.sql"
 _WORKER_FILE = "009_worker.sql"
-# Of an install, printed with it. In a block of plpgsql, so that it also works where a tool for
+# Part of the printed script, too. In a block of plpgsql, so that it also works where a tool for
 # migrations opens its transaction by other means than `begin`.
-_OPENING = """-- Whoever waits for a lock holds up all who come after, so this gives up soon: on
--- all but iot_events before the server looks for deadlocks (deadlock_timeout, 1 s) and might end a
--- live worker's statement.
+_OPENING = """-- A request for a lock that waits blocks every later one, so give up soon. On all but
+-- iot_events sooner than deadlock_timeout (1 s), whose check might end a live worker's statement.
 do $$
 begin
 %s  set local lock_timeout = '0.5s';
@@ -87,7 +86,7 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
     earlier = next((kept for file, _, kept in rows if file == _INPUT_FILE), None)
     has_input = facts.input_source is not None
     if columns is None and earlier and has_input and is_replaced(facts, earlier):
-        # The text is no matter of columns any more; some of these may be gone.
+        # The function was replaced: these are kept for the record, and some may be gone.
         chosen = tuple(earlier)
     else:
         chosen = choose_columns(facts, columns or earlier)
@@ -103,8 +102,7 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
         or _something_is_gone(conn, texts.values())
         or _rights_are_gone(facts, applied)
     ):
-        # Whoever took that away may have altered more; and later files grant rights on what earlier
-        # ones make.
+        # Every file: more may be altered, and later ones grant rights on what earlier ones make.
         applied = {}
     for file, text in texts.items():
         step = Step(file, text, chosen if file == _INPUT_FILE else None)
@@ -201,10 +199,10 @@ def _order_notes(facts: Facts) -> list[str]:
 
 
 def apply_plan(conn: Connection, plan: Plan, tell: Callable[[str], None] = lambda _: None) -> None:
-    """Run the steps in one transaction; for a minute again, if somebody holds a lock.
+    """Run the steps in one transaction, tried again for a minute while somebody holds a lock.
 
-    `tell` hears who. Raises SchemaError, with nothing changed, if the lock is not to be had, or a
-    step is refused.
+    `tell` gets a line about the holder. Raises SchemaError, with nothing changed, if the lock is
+    not to be had, or a step is refused.
     """
     with translated():
         try:

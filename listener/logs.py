@@ -94,7 +94,7 @@ class _Handler(logging.StreamHandler[Any]):
 
     def _write(self, record: logging.LogRecord, more: dict[str, Any] | None = None) -> None:
         record.fields = getattr(record, "fields", {}) | (more or {})
-        # As it is now, not as it was at the start: a progress bar puts itself in its place.
+        # Looked up each time: a progress bar puts itself in its place.
         self.stream = sys.stderr
         super().emit(record)
 

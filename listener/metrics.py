@@ -34,7 +34,7 @@ from listener.logs import log
 
 Row = dict[str, Any]
 
-# Two scrapers, or an impatient one, cost the database no more than one.
+# A reading is used for so long: two scrapers, or an impatient one, cost the database one's queries.
 _GAUGES_SECONDS = 5.0
 # Coverage compares the last N events with their vectors, which takes longer than the rest together.
 _COVERAGE_SECONDS = 300.0

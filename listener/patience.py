@@ -1,6 +1,6 @@
-"""Waiting for a lock without making the writers wait: briefly, again and again, saying for whom.
+"""Waiting for a lock without blocking writers: briefly, again and again, naming the holder.
 
-Who waits for a lock on a table holds up everybody who comes after.
+A request for a lock that waits blocks every later one on the table.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ PATIENCE_SECONDS = 60.0
 _LOCK_TIMEOUT = "set local lock_timeout = '2s'"
 _NOT_NOW = (errors.LockNotAvailable, errors.DeadlockDetected)
 
-# Who outlasted the time-out is older than it (an install's later locks have a shorter one); who
-# queued up behind us has the lock by now, but is younger. Of the old ones a writer comes before a
-# reader, which is in the way of an uninstall only. A prepared transaction has no process.
+# Who outlasted our 2 s is older than that; who queued up behind us may have the lock by now, but is
+# younger. Of the old ones writers first: a reader is in the way of an uninstall only. A prepared
+# transaction has no process.
 _HOLDER = """
 select
   l.relation::regclass::text,
@@ -93,7 +93,7 @@ def patiently(conn: Connection, change: Callable[[], None], tell: Callable[[str]
     except _NOT_NOW:
         raise SchemaError(
             f"no lock within {PATIENCE_SECONDS:.0f} s: {_holder(conn)}; nothing was changed; "
-            "end that transaction, or come again later"
+            "end that transaction, or try again later"
         ) from None
 
 

@@ -28,7 +28,7 @@ _AHEAD = 2
 # is shorter, because a stop and a new event wait for it, and a worker that dies loses it.
 _CLAIM_SECONDS, _BATCH_SECONDS = 4.0, 0.25
 _SMALLEST_CLAIM, _FIRST_CLAIM = 16, 64
-# In tokens; below, what a pass costs beside them begins to show.
+# In tokens. In smaller passes the fixed cost of a pass would show.
 _SMALLEST_PASS = 1024
 # Commits don't wait for the disk; a crash of the server may undo those of its last moments.
 _UNDONE_SECONDS = 2.0
@@ -38,7 +38,7 @@ _LOOK_UP_SECONDS = 0.1
 
 @dataclass(eq=False)
 class Batch:
-    """Events of a claim on their way through the model, in one pass; `is_last` of the claim's.
+    """Events of a claim on their way through the model, in one pass; `is_last` of its claim.
 
     `encoding` is pending until the model has it, so that what waits can be cancelled as well.
     """
@@ -93,9 +93,10 @@ class Pipeline:
     def drain(self, on_more: Callable[[bool], None], on_batch: Callable[[], object]) -> int:
         """Claim, encode and write until nothing more is due. Returns how many were claimed.
 
-        `on_more` is called at each claim except a first one of a single event; its argument is
-        whether the claim is the first and full. `on_batch` is called after each batch.
-        Raises ModelFault, with every claim given back, if the model can't run; or EncoderLost.
+        `on_more` is called at each claim, except a first one of a single event that isn't full; its
+        argument is whether the claim is the first and full. `on_batch` is called after each batch.
+        Raises ModelFault, with every claim given back, if the model can't run; with what is in hand
+        left so EncoderLost, ConnectionLost, SchemaError and psycopg.Error.
         """
         claimed, self._more = 0, True
         try:
@@ -120,7 +121,7 @@ class Pipeline:
             self._queue.notify()
             raise
         except EncoderLost:
-            # Else these leases end by themselves; the process must end in any case.
+            # If this fails the leases run out by themselves; the process must end in any case.
             with suppress(ListenerError, psycopg.Error):
                 self._give_back_unstarted()
             raise
@@ -151,7 +152,7 @@ class Pipeline:
         return claim
 
     def _cut(self, claim: Claim) -> list[Batch]:
-        """At least one batch."""
+        """The claim's events as batches, a pass each; an empty one if there are none."""
         self._in_hand[claim.lease] = claim.event_ids
         events = self._queue.read(claim)
         passes = self._encoder.plan([event.text for event in events], self._most_tokens)

@@ -1,4 +1,4 @@
-"""The statements of the service and of the commands that read or queue; parameters only.
+"""The statements of the service and of the commands that read or queue; nothing is put into them.
 
 All times are the database's clock. `event_id` comes and goes as the Python type of its key.
 """
@@ -73,15 +73,16 @@ insert into listener.worker (worker, host, pid, model)
 values (%(worker)s, %(host)s, %(pid)s, %(model)s)
 """
 SEE_WORKER = "update listener.worker set seen_at = now() where worker = %(worker)s"
+UNLOCK_WORKER = "select pg_catalog.pg_advisory_unlock(%(lock_class)s, %(worker)s::integer)"
 FORGET_WORKER = "delete from listener.worker where worker = %(worker)s"
 
 # A free lock means a dead session. Its events keep their lease, which marks them as claimed and
 # never answered, and go back to the place in line that they had. After a second death they go to
 # its end: at the front an innocent one would be in hand at every death that follows.
 #
-# Also asks whether anything in the queue is due: after a failure, an ended lease, or because a
-# writer held it, of which no NOTIFY tells. Changes are not looked for: their writers wake us. And
-# for dead rows, of which the server's statistics tell: from so many on every claim feels them.
+# Also asks whether a queued event is due (a retry, an ended lease, one that a writer held), of
+# which no NOTIFY tells. Changes are not looked for: their writers wake us. And whether there are,
+# by the server's statistics, so many dead rows that each claim feels them.
 BEAT = """
 with dead as materialized (
   select w.worker
@@ -95,7 +96,7 @@ with dead as materialized (
     and q.due_at > now()
     and q.due_at < 'infinity'
     and q.worker in (select d.worker from dead d)
-    -- Else all that is leased would be read at each beat.
+    -- Without this, every beat would read all leased rows.
     and exists (select from dead)
 ), held as materialized (
   select q.event_id
@@ -136,12 +137,12 @@ COMPACT = "select listener.compact()"
 
 # --- queue -------------------------------------------------------------------------------------
 
-# Take up to `events` changes into the queue, leased at once. From `position` on, because what was
-# deleted before it and is not vacuumed yet would be read again by every claim. A row that the queue
-# has already starts anew; whoever held it is fenced out by the new lease and version. But one that
-# was claimed and never answered is left to CLAIM: a text that kills, and changes before the next
-# worker is there, would else never be found. In the order of the key, so that two workers that take
-# changes of the same events can't deadlock.
+# Take up to `events` changes into the queue, leased at once. From `position` (a ctid) on, or each
+# claim would read again what was deleted before it and is not vacuumed yet. An event that is queued
+# already starts anew; new lease and version fence out its holder. But one that was claimed and
+# never answered is left to CLAIM, or a text that kills, and changes before the next worker is
+# there, would never be found. In the order of the key, so that two workers that take changes of the
+# same events can't deadlock.
 _TAKE = """
 with taken as (
   delete from listener.change c
@@ -203,10 +204,9 @@ TAKE_AND_READ = (
 """
 )
 
-# Lease up to `events` due events, live before backfill, of that at most `backfill_events`. Events
-# whose worker died are kept apart: the first time a quarter of a claim, later alone, so that one
-# that kills the process is found while its mates finish; after `most_deaths` attempts they are
-# parked.
+# Lease up to `events` due events: live ones, then backfill unless `live_only`. Events whose worker
+# died are kept apart: the first time a quarter of a claim, later alone, so that one that kills the
+# process is found while its mates finish; after `most_deaths` attempts they are parked.
 CLAIM = """
 with live as materialized (
   select q.event_id, q.lane, q.due_at, q.lease, q.attempts
@@ -220,7 +220,7 @@ with live as materialized (
   from listener.queue q
   where q.lane = 1 and q.due_at <= now()
   order by q.due_at
-  limit (select greatest(%(backfill_events)s - count(*), 0) from live)
+  limit (select case when %(live_only)s then 0 else %(events)s - count(*) end from live)
   for update skip locked
 ), due as (
   select
@@ -350,8 +350,8 @@ from listener.queue q
 where q.event_id = any(%(event_ids)s) and q.lease = %(lease)s
 """
 
-# Those whose text is another one by now. The change waits or was taken already, or was made behind
-# the triggers, or there is none, and the text reads differently each time.
+# Those whose text is another one by now. `has_changed`: the change waits or was taken already; else
+# it was made past the triggers, or the text reads differently each time.
 OUTDATED = """
 select
   q.event_id,
@@ -376,7 +376,9 @@ with held as materialized (
 )
 """
 
-# A failed attempt: due again later, or parked after the last one.
+# A failed attempt: due again later, or parked after the last one. Not once the lease is over: a
+# change may have been taken since, and the attempt was at the text of before (TAKE leaves the lease
+# of an event that was claimed and never answered).
 FAIL = (
     _HELD
     + """\
@@ -391,7 +393,7 @@ set
       * least(3600, %(retry_seconds)s * 2 ^ (q.attempts - 1))
   end
 from held h
-where q.event_id = h.event_id
+where q.event_id = h.event_id and q.due_at > now()
 returning
   q.event_id,
   q.attempts,
@@ -433,14 +435,15 @@ where q.event_id = h.event_id
 TRY_INPUT = "select listener.embedding_input(null)"
 FORGET_PLANS = "discard plans"
 
-# Those that are deleted, as a fresh snapshot sees it: one that came back with the same id has a new
-# version or is visible now, and stays.
+# Those that are deleted, as a fresh snapshot sees it. One that came back with the same id stays: it
+# is visible now, or was taken since, under a new lease or after the end of this one.
 DISCARD = """
 with held as materialized (
   select q.event_id
   from listener.queue q
   where q.event_id = any(%(event_ids)s)
     and q.lease = %(lease)s
+    and q.due_at > now()
     and not exists (select from listener.event e where e.id = q.event_id)
   order by q.event_id
   for update skip locked
@@ -452,7 +455,7 @@ where q.event_id = h.event_id
 
 # --- sweep -------------------------------------------------------------------------------------
 
-# Its commit waits for the disk: nobody would miss what a crash of the server undid, since the sweep
+# Its commit waits for the disk: what a crash of the server undid would go unnoticed, as the sweep
 # goes on with the next page.
 SWEEP = """
 select s.scanned, s.queued, s.next_from
@@ -480,7 +483,8 @@ delete from listener.queue q
 using held h
 where q.event_id = h.event_id
 """
-# Embeddings whose event is gone, which can only be where triggers were off.
+
+# Embeddings of no event: the foreign key's triggers were off, or iot_events is another table.
 DELETE_ORPHANS = """
 delete from listener.embedding m
 where not exists (select from listener.event e where e.id = m.event_id)

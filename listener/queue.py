@@ -29,17 +29,17 @@ _PASSING_LOCK_SECONDS = (0.005, 0.01, 0.02, 0.04)
 # An event that one holds for longer, or that reads differently now, is looked at again this much
 # later, unless a change of it comes.
 _LATER_SECONDS = 0.5
-# Where listener.change begins, and how often changes are taken from there although there are some
-# behind the last ones: what began earlier may be committed later, and in an earlier place.
+# Where listener.change begins, and how often changes are taken from there even while more follow
+# after the last ones: a transaction that began earlier may commit later, into an earlier place.
 _FIRST_PLACE = "(0,0)"
 _LOOK_BACK_SECONDS = 1.0
-# By how many deaths an event has been claimed alone once; before, its mates may be to blame.
+# After so many attempts an event has been claimed alone once; until then a mate may be to blame.
 _FIRST_ALONE = 3
 _NOBODYS_LEASE = 0
 
 
 class Queue:
-    """One worker's hold on the queue. Raises ConnectionLost, SchemaError; `sweep` psycopg.Error."""
+    """One worker's hold on the queue. Each raises ConnectionLost, SchemaError and psycopg.Error."""
 
     def __init__(
         self, conn: Connection, settings: Settings, worker: int | None, reads_apart: bool = False
@@ -61,14 +61,14 @@ class Queue:
 
     def claim(self, events: int) -> Claim | None:
         """Lease at most this many due events, or None: new changes, retries, backfill."""
-        # Changes that never cease would keep retries out: they go first after each look back, and
-        # after each full claim while there are some.
+        # A steady stream of changes would starve retries: these go first after each look back and,
+        # while the last look found some, after each full claim.
         if self._retries_are_next:
-            due = self._claim_due(events, backfill_events=0)
+            due = self._claim_due(events, live_only=True)
             self._has_retries, self._retries_are_next = due is not None, False
             if due:
                 return due
-        claim = self.claim_changes(events) or self._claim_due(events, backfill_events=events)
+        claim = self.claim_changes(events) or self._claim_due(events)
         self._reads_apart = self._reads_apart and claim is not None
         return claim
 
@@ -79,7 +79,7 @@ class Queue:
             self._position = _FIRST_PLACE
         rows = self._take(self._position, events)
         if looks_back:
-            # Behind much that is emptied and not yet vacuumed it takes its time.
+            # Slow where many deleted rows are not vacuumed yet: it may take 1/200 of the time.
             took, poll = time.monotonic() - began, self._settings.poll_seconds
             self._next_look_back = began + min(max(_LOOK_BACK_SECONDS, 200 * took), poll)
         if not rows and self._position != _FIRST_PLACE:
@@ -113,15 +113,15 @@ class Queue:
                     raise
                 if isinstance(error, SchemaError):
                     require_input(self._conn)
-                # It is embedding_input, and `read` will find out on which event; or somebody locks
-                # iot_events, which is no matter if nothing is new.
+                # Either embedding_input fails, and `read` finds out on which event; or somebody
+                # locks iot_events, which TAKE doesn't need.
         return self._execute(queries.TAKE, **given)
 
-    def _claim_due(self, events: int, backfill_events: int) -> Claim | None:
+    def _claim_due(self, events: int, *, live_only: bool = False) -> Claim | None:
         rows = self._execute(
             queries.CLAIM,
             events=events,
-            backfill_events=backfill_events,
+            live_only=live_only,
             most_deaths=max(self._settings.max_attempts, _FIRST_ALONE),
             lease_seconds=self._settings.lease_seconds,
             worker=self._worker,
@@ -170,7 +170,7 @@ class Queue:
         """Store unit vectors and acknowledge, fenced by lease and version.
 
         Returns the ids stored. The rest changed, went, were taken over, or are held by a writer;
-        those still ours are given back for a while. A row that the database refuses fails alone.
+        those still ours are given back, due soon. A row that the database refuses fails alone.
         """
 
         def write(done: Sequence[tuple[Event, Vector]], lease: int) -> list[EventId]:
@@ -266,7 +266,7 @@ class Queue:
         return SweepPage(*rows[0])
 
     def notify(self) -> None:
-        """Wake a worker, whatever the gate says, to what was given back or put back."""
+        """Wake a worker, whatever the gate says: events were queued or given back."""
         self._execute(queries.NOTIFY, channel="listener", payload="")
 
     def _in_parts(

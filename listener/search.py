@@ -69,7 +69,7 @@ def nearest(conn: Connection, vector: Vector, model: str, limit: int) -> list[Hi
     except psycopg.ProgrammingError as error:
         if error.sqlstate is not None:
             raise
-        # The driver's own: there was no such type when it connected.
+        # The driver's own error: there was no such type when it connected.
         raise SchemaError("the database has no pgvector; run `listener install`") from error
     return [Hit(*row) for row in rows]
 

@@ -33,7 +33,7 @@ from listener.worker import BEAT_SECONDS, Worker, beat
 
 # After sessions that end so soon the wait doubles, up to some seconds.
 _BRIEF_SECONDS, _MOST_DOUBLINGS = 2.0, 3
-# So often in a row a connection may be lost over events without any of them being to blame.
+# To lose the connection over events so many times in a row may still be chance.
 _BY_CHANCE = 2
 # Where events never cease, a page of the sweep comes this often, or takes a quarter of the time.
 _TURN_SECONDS = 1.0
@@ -78,11 +78,17 @@ class Service:
             except (ConnectionLost, psycopg.Error) as error:
                 counters.reconnects += 1
                 self._suspect(error)
-                log(logging.WARNING, "connection_lost", cause=cause_of(error))
                 # A server that accepts connections and then fails must not be hammered.
                 was_brief = time.monotonic() - began < _BRIEF_SECONDS
                 doublings = min(doublings + 1, _MOST_DOUBLINGS) if was_brief else 0
-                self._stop.wait(random.uniform(0.05, 0.5) * 2**doublings)  # noqa: S311  jitter
+                seconds = random.uniform(0.05, 0.5) * 2**doublings  # noqa: S311  jitter
+                log(
+                    logging.WARNING,
+                    "connection_lost",
+                    cause=cause_of(error),
+                    retry_in_seconds=seconds,
+                )
+                self._stop.wait(seconds)
                 continue
             except ModelFault as error:
                 self._wait_for_model(error)
@@ -107,7 +113,7 @@ class Service:
                     with health.serving(self._encoder.fingerprint):
                         session.serve()
             except SchemaError:
-                # No event is to blame that was in hand.
+                # Not the fault of the events in hand: no attempt is counted.
                 with suppress(ListenerError, psycopg.Error):
                     session.give_back()
                 raise
@@ -130,7 +136,6 @@ class Service:
             "model_fault",
             cause=error,
             retry_in_seconds=self._settings.poll_seconds,
-            parked=0,
         )
         notify_systemd.status("the model can't run; the log says why")
         deadline = time.monotonic() + self._settings.poll_seconds
@@ -143,7 +148,7 @@ class Service:
 def _open_session(
     settings: Settings, encoder: Encoder, stop: Stop, kept: _Kept
 ) -> Iterator[_Session]:
-    """Connect twice, register the worker, LISTEN; the queue may be drained from here on."""
+    """Connect twice, LISTEN, register the worker; the queue may be drained from here on."""
     with ExitStack() as stack:
         work = stack.enter_context(connect(settings, "listener-work", as_service=True))
         health.progressed()
@@ -226,7 +231,7 @@ class _Session:
         claimed = self._pipeline.drain(self._stay_awake, self._after_step)
         self._kept.has_drained = True
         if claimed:
-            # No event of these is one over which connections are lost.
+            # These events went through, so none of them is what breaks the connection.
             self._kept.losses = 0
         return claimed
 

@@ -14,7 +14,7 @@ from listener.database import Connection, translated
 from listener.errors import ConfigError
 
 _PARKED_SHOWN = 20
-# The service counts so many events one by one, and no more.
+# Of each table no more rows than this are counted.
 _COUNTED = 10_000
 
 
@@ -118,7 +118,7 @@ def _fingerprint(settings: Settings) -> str | None:
 
 
 def status_lines(status: dict[str, Any]) -> list[str]:
-    """The same for a reader."""
+    """The status as lines for a person."""
     scope = status["scope"]
     about = "about " if status["embedded_is_estimate"] else ""
     oldest = status["oldest_pending_seconds"]

@@ -1,4 +1,4 @@
-"""The wish to stop, which a signal handler may utter."""
+"""A stop flag that is safe to set in a signal handler."""
 
 from __future__ import annotations
 

@@ -17,8 +17,9 @@ from listener.logs import log
 from listener.queue import Queue
 from listener.upkeep import discard_parked
 
-# New events wait while a page is swept; but where one of next to nothing takes long, as where all
-# events are sorted for each, many small ones would take for ever.
+# New events wait while a page is swept, so pages are short. But where even a page of one event is
+# slow (all events are sorted for each), a page may take twice as long as that, or there would be no
+# end.
 _PAGE, _PAGE_SECONDS, _TIMES_THE_LEAST = 500, 0.25, 2
 
 
@@ -39,12 +40,12 @@ class Sweep:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._now = _UnderWay(settings.backfill_last_n)
-        self._next = time.monotonic() if settings.backfill_last_n else float("inf")
+        self._current = _UnderWay(settings.backfill_last_n)
+        self._next_at = time.monotonic() if settings.backfill_last_n else float("inf")
 
     def seconds_left(self) -> float:
         """Until it begins; 0 or less while it is under way."""
-        return self._next - time.monotonic()
+        return self._next_at - time.monotonic()
 
     def page(self, conn: Connection, queue: Queue, model: str) -> bool:
         """Queue one page of the last N, if it is time to. Returns whether there is more to do.
@@ -53,9 +54,9 @@ class Sweep:
         short. One that fails, takes too long or loses the connection is tried again by halves, and
         one event alone is queued blindly: the worker finds out what it has to do with it.
         """
-        if self._now.left <= 0 or self.seconds_left() > 0:
+        if self._current.left <= 0 or self.seconds_left() > 0:
             return False
-        queued, events = 0, min(self._now.page_events, self._now.left)
+        queued, events = 0, min(self._current.page_events, self._current.left)
         try:
             queued = self._queue_page(queue, model, events)
         except (ConnectionLost, psycopg.Error) as error:
@@ -70,32 +71,32 @@ class Sweep:
         return queued > 0 or self.seconds_left() <= 0
 
     def _make_smaller(self, events: int, may_be_blind: bool, error: Exception) -> None:
-        self._now.page_events = max(events // 2, 1)
-        is_last = events == 1 and (self._now.is_blind or not may_be_blind)
+        self._current.page_events = max(events // 2, 1)
+        is_last = events == 1 and (self._current.is_blind or not may_be_blind)
         if is_last:
             # To begin anew at once would fail again.
-            log(logging.WARNING, "sweep_given_up", left=self._now.left, cause=cause_of(error))
+            log(logging.WARNING, "sweep_given_up", left=self._current.left, cause=cause_of(error))
             self._schedule()
-        self._now.is_blind = events == 1 and not is_last
+        self._current.is_blind = events == 1 and not is_last
 
     def _queue_page(self, queue: Queue, model: str, events: int) -> int:
-        now, began = self._now, time.monotonic()
-        page = queue.sweep(None if now.is_blind else model, now.start, events)
-        now.is_blind = False
+        current, began = self._current, time.monotonic()
+        page = queue.sweep(None if current.is_blind else model, current.start, events)
+        current.is_blind = False
         took = max(time.monotonic() - began, 1e-3)
-        now.least_seconds = min(now.least_seconds, took)
-        seconds = max(_PAGE_SECONDS, _TIMES_THE_LEAST * now.least_seconds)
+        current.least_seconds = min(current.least_seconds, took)
+        seconds = max(_PAGE_SECONDS, _TIMES_THE_LEAST * current.least_seconds)
         fitting = int(events * seconds / took)
         # By doubling, or an event that was just found to be too much would be met in a full page.
-        now.page_events = min(max(fitting, 1), 2 * events, _PAGE)
-        now.start = page.next_from
-        now.left -= page.scanned
+        current.page_events = min(max(fitting, 1), 2 * events, _PAGE)
+        current.start = page.next_from
+        current.left -= page.scanned
         if page.queued:
             log(logging.INFO, "backfill_queued", scanned=page.scanned, queued=page.queued)
-        if page.next_from is None or now.left <= 0:
+        if page.next_from is None or current.left <= 0:
             self._schedule()
         return page.queued
 
     def _schedule(self) -> None:
-        self._now = _UnderWay(self._settings.backfill_last_n)
-        self._next = time.monotonic() + (self._settings.sweep_seconds or float("inf"))
+        self._current = _UnderWay(self._settings.backfill_last_n)
+        self._next_at = time.monotonic() + (self._settings.sweep_seconds or float("inf"))

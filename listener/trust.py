@@ -1,4 +1,4 @@
-"""Whose are the objects that an install meets in the place of its own."""
+"""Who owns the objects that an install finds under its own names."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ where not (
 def require_trusted(conn: Connection) -> None:
     """Raise SchemaError where there is an object of a role that has no power over iot_events.
 
-    Whoever owns what an install finds may have anything done with the rights of who installs: by a
-    view in place of a table, a trigger, a function. Reads the catalogue only.
+    Its owner could have code run with the rights of who installs: by a view in place of a table, a
+    trigger, a function. Reads the catalogue only.
     """
     with translated():
         row = conn.execute(_OTHERS).fetchone()

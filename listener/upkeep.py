@@ -26,13 +26,13 @@ def discard_parked(conn: Connection) -> None:
 
 
 def delete_orphans(conn: Connection) -> int:
-    """Delete embeddings whose event is gone: deleted while triggers were off. Reads all."""
+    """Delete embeddings whose event is gone. Returns how many; scans the whole table."""
     with translated():
         return conn.execute(queries.DELETE_ORPHANS).rowcount
 
 
 def retry(conn: Connection, event_ids: list[EventId] | None) -> list[EventId]:
-    """Parked events, these or all, back to the queue with their attempts forgotten."""
+    """Parked events, these or all, back to the queue with no attempt counted. Returns their ids."""
     with translated():
         rows = conn.execute(queries.RETRY, {"event_ids": event_ids}).fetchall()
         if rows:

@@ -55,8 +55,8 @@ class Wakeup:
         """LISTEN as a follower, and prove with a NOTIFY from `work` that notifications arrive.
 
         Returns False on a transaction pooler, where neither LISTEN nor session locks hold; then
-        the worker polls. With the mode `never` it sends no NOTIFY and polls in any case; whether
-        there is a pooler is then told by the backends' numbers.
+        the worker polls. With the mode `never` it sends no NOTIFY and polls in any case; a pooler
+        then shows by the backends' numbers.
         """
         with translated():
             if self._mode == "never" and not self._is_direct(work):
@@ -90,7 +90,7 @@ class Wakeup:
         return arrived
 
     def _is_direct(self, work: Connection) -> bool:
-        """Whether no pooler is between: each gives its clients numbers of its own."""
+        """Whether no pooler is between: it would tell its clients another number of the backend."""
         return all(
             conn.execute(queries.BACKEND).fetchone() == (conn.info.backend_pid,)
             for conn in (self._conn, work)
@@ -136,7 +136,7 @@ class Wakeup:
         return False
 
     def take_notes(self) -> None:
-        """Have the driver keep no notifications while there is no sleep; the next one then ends."""
+        """Take them from the driver, where they pile up while we are awake; the next sleep ends."""
         self._was_notified = self._clear() or self._was_notified
 
     def _clear(self) -> bool:

@@ -49,6 +49,12 @@ class Worker:
         with translated():
             conn.execute(queries.FORGET_WORKER, {"worker": number})
 
+    def unlock(self) -> None:
+        """Give up the lock, which a transaction pooler would keep. Peers then take it for dead."""
+        key = {"lock_class": LOCK_CLASS, "worker": self.number}
+        with translated():
+            self._conn.execute(queries.UNLOCK_WORKER, key)
+
     def be_seen(self) -> None:
         """Renew the time in the row, once in a while."""
         if time.monotonic() >= self._next_seen:
@@ -58,7 +64,7 @@ class Worker:
 
 
 def _new_number(conn: Connection) -> int:
-    """One whose lock is ours. Any session may hold locks of numbers to come; few hold many."""
+    """A new number, its lock held. Other sessions may hold some of the next ones, hardly many."""
     for _ in range(_MOST_HELD):
         row = conn.execute(queries.NEW_WORKER, {"lock_class": LOCK_CLASS}).fetchone()
         assert row is not None  # noqa: S101  nextval gives a row

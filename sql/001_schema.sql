@@ -7,8 +7,8 @@ comment on schema listener is
   'iot-event-listener: queue and functions. Private; readers use public.event_embeddings.';
 
 -- What writers leave behind: an event that was inserted or reads differently now. The next claim
--- takes it into the queue. Without a key or an index, because a row here is all that a writer pays
--- for; and no writer ever waits for another one, or for the service, where everybody only appends.
+-- takes it into the queue. Without a key or an index: a row here is all that a writer pays for, and
+-- where everybody only appends no writer waits for another, or for a claim.
 create table if not exists listener.change (
   event_id    @key_type@ not null,
   changed_at  timestamptz not null default now()
@@ -39,8 +39,8 @@ comment on column listener.queue.lane is '0 live, 1 backfill; live events are cl
 -- says `lane in (0, 1)`, or the index would not serve it.
 create index if not exists queue_lane_due_at_idx on listener.queue (lane, due_at);
 
--- It has no key, so a publication for all tables would refuse every delete in it. Only the log of such
--- a database is longer for it. After the index, because a claim locks the queue first as well.
+-- listener.change has no key, so a publication for all tables would refuse every delete in it. Makes the
+-- log longer under wal_level = logical only. After the index, because a claim locks the queue first.
 alter table listener.change replica identity full;
 
 -- Every event that waits to be embedded, and since when. One that is parked is not among them, unless

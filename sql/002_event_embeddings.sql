@@ -3,8 +3,8 @@
 
 -- Whoever may see an event may see its embedding, if granted select here, and nobody else: the policy
 -- asks iot_events with the reader's own rights. Supabase gives its API roles all rights on a new table
--- in public; these are taken back. Both once only, so that your policies and grants stay yours; row
--- security alone does not tell, because an event trigger may switch it on for every new table.
+-- in public; these are taken back. Both once only, so that your policies and grants stay yours. Whether
+-- it was done is not told by row security, which an event trigger may switch on for every new table.
 --
 -- Key and policy move when another table has taken the name iot_events. The key is not validated: to
 -- look at every embedding would keep the writers out meanwhile. `listener backfill --all` deletes those
@@ -12,8 +12,8 @@
 do $$
 declare
   v_role name;
-  v_to_close boolean := to_regclass('public.event_embeddings') is null;
-  v_has_moved boolean;
+  v_must_close boolean := to_regclass('public.event_embeddings') is null;
+  v_lacks_key boolean;
 begin
   create table if not exists public.event_embeddings (
     event_id      @key_type@ not null,
@@ -26,8 +26,9 @@ begin
     constraint event_embeddings_event_id_fkey foreign key (event_id)
       references public.iot_events (id) on update cascade on delete cascade
   );
-  -- One of a version that had no policy; with it, row security is off because you switched it off.
-  v_to_close := v_to_close or not exists (
+  -- A table of a version without the policy, too; where it has the policy, it was you who switched row
+  -- security off.
+  v_must_close := v_must_close or not exists (
     select from pg_catalog.pg_class c
     where c.oid = 'public.event_embeddings'::regclass
       and (c.relrowsecurity or exists (
@@ -35,26 +36,26 @@ begin
         where p.polrelid = c.oid and p.polname = 'event_embeddings_as_events'
       ))
   );
-  v_has_moved := not exists (
+  v_lacks_key := not exists (
     select from pg_catalog.pg_constraint c
     where c.conrelid = 'public.event_embeddings'::regclass
       and c.contype = 'f'
       and c.confrelid = 'public.iot_events'::regclass
       and c.confdeltype = 'c'
   );
-  if v_has_moved then
+  if v_lacks_key then
     alter table public.event_embeddings drop constraint if exists event_embeddings_event_id_fkey;
     alter table public.event_embeddings
     add constraint event_embeddings_event_id_fkey foreign key (event_id)
       references public.iot_events (id) on update cascade on delete cascade not valid;
   end if;
-  if v_to_close or v_has_moved then
+  if v_must_close or v_lacks_key then
     drop policy if exists event_embeddings_as_events on public.event_embeddings;
     create policy event_embeddings_as_events on public.event_embeddings
     for select
     using (exists (select from public.iot_events e where e.id = event_embeddings.event_id));
   end if;
-  if not v_to_close then
+  if not v_must_close then
     return;
   end if;
   alter table public.event_embeddings enable row level security;

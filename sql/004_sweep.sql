@@ -13,14 +13,14 @@ begin
   return pg_catalog.sha256(pg_catalog.convert_to(
     coalesce(listener.embedding_input(p_event), ''), 'UTF8'
   ));
--- `others` is all but a failed assertion, and what ends the statement.
+-- `others` is all but a failed assertion and a cancelled statement.
 exception when others or assert_failure then
   return null;
 end
 $$;
 
--- Postgres takes a function for volatile that doesn't say otherwise, and a view with one would compute
--- the text of every event there is, whichever was asked for. This one is stable.
+-- embedding_input, as stable. One whose author didn't say so counts as volatile, and a view with it
+-- would compute the text of every event there is, whichever was asked for.
 create or replace function listener.input_of(p_event public.iot_events)
 returns text
 language plpgsql
@@ -35,7 +35,7 @@ $$;
 -- What the service sees of the two tables in public, with the rights of the role that installed: an
 -- event's id, text and the text's hash, and the vectors. So the worker has no right on the tables
 -- themselves, sees no column that isn't embedded, and row-level security, which is about readers, hides
--- no event from it. An event that were hidden would pass for deleted. `e.*` is the row; a bare `e` would
+-- no event from it. A hidden event would pass for deleted. `e.*` is the row; a bare `e` would
 -- be a column of that name, where there is one.
 create or replace view listener.event as
 select
@@ -44,7 +44,7 @@ select
   listener.content_hash(e.*) as content_hash
 from public.iot_events e;
 
--- Functions of the row of a former iot_events, another table that had the name.
+-- Drop these functions of a former iot_events, another table that had the name.
 do $$
 declare
   v_function regprocedure;
@@ -91,7 +91,7 @@ declare
     (select @position@ from public.iot_events e order by @newest_first@ limit 1)
   );
 begin
-  -- Where created_at was not null at the install and may be null now: no place in that order.
+  -- created_at was not null at the install and is null in some by now, which have no place in the order.
   if v_from ->> 0 is null and v_from is not null then
     raise undefined_column using message = 'events are ordered by created_at, and it is null in some';
   end if;
@@ -168,20 +168,23 @@ begin
   with page as materialized (
     select * from listener.page(p_model, p_from, p_limit, p_since)
   ), lacking as materialized (
-    select p.event_id, p.place
+    select
+      p.event_id,
+      -- In the past and in the order of the page, so that the newest is claimed first; also once it
+      -- is given back.
+      now() - (p_limit - p.place) * interval '1 microsecond' as place_in_line
     from page p
     left join listener.queue q on q.event_id = p.event_id
-    -- Looked up in the same snapshot: on conflict alone would queue an event again whose row
-    -- a worker acknowledged in the meantime.
+    -- In the same snapshot: with on conflict alone, an event that a worker acknowledged in the
+    -- meantime would be queued again.
     where not p.is_current
       and q.event_id is null
       and not exists (select from listener.change c where c.event_id = p.event_id)
   ), added as (
-    insert into listener.queue (event_id, lane, due_at)
-    -- Due in the past and in the order of the page, so that the newest is claimed first. In the
-    -- order of the key, as a claim takes changes, so that the two can't deadlock.
-    select l.event_id, 1, now() - (p_limit - l.place) * interval '1 microsecond'
+    insert into listener.queue (event_id, lane, due_at, queued_at)
+    select l.event_id, 1, l.place_in_line, l.place_in_line
     from lacking l
+    -- As a claim takes changes, so that the two can't deadlock.
     order by l.event_id
     on conflict (event_id) do nothing
     returning 1
@@ -283,7 +286,7 @@ as $$
 $$;
 
 -- Seconds from created_at to the vector, of the newest p_last events. For an iot_events that has the
--- column; in plpgsql, so that it may be altered or dropped. Security definer, because listener.event
+-- column; in plpgsql, so that the column may be altered or dropped. Security definer, because listener.event
 -- doesn't show it.
 create or replace function listener.latency(p_last integer)
 returns setof double precision

@@ -9,7 +9,6 @@
 -- A full NOTIFY queue refuses the commit of whoever notifies. So they are silent from half on, which
 -- leaves the rest to others; the service's poll finds the event.
 
--- The hot path.
 create or replace function listener.queue_inserted()
 returns trigger
 language plpgsql

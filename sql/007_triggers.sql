@@ -1,5 +1,5 @@
 -- The only thing the listener adds to the user's table. Statement-level: 100,000 rows in one COPY
--- cost one call. "Always": also for sessions that write as a replica does. Logical replication itself
+-- cost one call. "Always": also under session_replication_role = replica. Logical replication itself
 -- fires no statement triggers once the first copy is over; the sweep finds its rows.
 -- Locks iot_events against writers until the install commits.
 

@@ -87,6 +87,8 @@ def test_check_passes_where_the_service_would_work(static: Database) -> None:
             3,
         ),
         ("drop table listener.queue cascade", "rights", "listener install", 3),
+        ("drop sequence listener.worker_token", "rights", "listener install", 3),
+        ("revoke insert on listener.worker from listener_worker", "rights", "grant", 3),
     ],
 )
 def test_check_fails_with_the_remedy(
@@ -108,6 +110,28 @@ def test_a_missing_model_fails(database: Database) -> None:
 
     assert failed(database) == ["model"]
     assert list(findings(database)) == NAMES
+
+
+def test_a_port_for_metrics_without_the_package_fails(
+    static: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service would end there, too."""
+    watched = static.with_settings(metrics_port=9409)
+    assert findings(watched)["metrics"].ok
+
+    monkeypatch.setattr("listener.endpoint.find_spec", lambda _: None)
+
+    assert failed(watched) == ["metrics"]
+
+
+def test_a_view_that_only_status_needs_is_a_warning(static: Database) -> None:
+    """Every line is told all the same."""
+    static.rows("drop view listener.live_worker cascade")
+
+    workers = findings(static)["workers"]
+
+    assert (workers.ok, workers.warns) == (True, True)
+    assert "`listener status` would fail" in workers.detail
 
 
 # --- the way to the server -----------------------------------------------------------------------

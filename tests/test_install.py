@@ -776,3 +776,9 @@ def test_the_command_reports_and_a_dry_run_only_prints(
         (report,) = settings.reports_dir.iterdir()
         for title in ("## Before", "## Steps", "## After", "## Undo"):
             assert title in report.read_text()
+
+        listener(settings, "uninstall")
+
+        (report,) = settings.reports_dir.glob("*_uninstall.md")
+        before = report.read_text().partition("## Steps")[0]
+        assert "embedding_input: select event.message::pg_catalog.text" in before

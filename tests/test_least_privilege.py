@@ -65,7 +65,7 @@ where grantee <> owner
 # One value for every name that a statement may ask for.
 _PARAMETERS = {
     "bounds": [1.0],
-    "backfill_events": 1,
+    "live_only": False,
     "channel": "listener_help",
     "delay_seconds": 0.0,
     "duration": "1s",

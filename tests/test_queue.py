@@ -468,6 +468,21 @@ def test_a_holder_that_lives_is_not_blamed_for_a_change_that_was_taken(
     assert [row[1:] for row in database.queue()] == [(2, 0, 0, False, False, None)]
 
 
+def test_an_attempt_at_a_text_of_before_fails_nothing_once_the_lease_is_over(
+    database: Database, queue: Queue
+) -> None:
+    """A worker that was stopped for long would park the text of now untried."""
+    database.insert("refused")
+    zombie = claimed(queue)
+    database.rows("update listener.queue set due_at = now(), attempts = 5")
+    database.rows("update public.iot_events set message = 'good'")
+    assert queue.claim_changes(8) is None
+
+    assert queue.fail(zombie.lease, zombie.event_ids, "refused") == 0
+
+    assert [row[3:] for row in database.queue()] == [(5, True, False, None)]
+
+
 def test_an_event_whose_worker_died_is_claimed_where_its_change_is_all_there_is(
     database: Database, queue: Queue
 ) -> None:
@@ -569,6 +584,18 @@ def test_a_sweep_in_pages_sees_every_event_once(database: Database, queue: Queue
 
     assert scanned == 25
     assert [row[0] for row in database.queue()] == ids
+
+
+def test_a_backfill_that_is_given_back_stays_in_its_order(database: Database, queue: Queue) -> None:
+    """Newest first, as before."""
+    *_, newest = database.insert("a", "b", "c")
+    database.forget_queue()
+    queue.sweep(MODEL, None, 10)
+    claim = claimed(queue, 1)
+
+    queue.release(claim.lease, claim.event_ids)
+
+    assert claim.event_ids == claimed(queue, 1).event_ids == [newest]
 
 
 def test_backfill_takes_no_more_than_the_last_n(database: Database) -> None:
@@ -788,7 +815,7 @@ def test_an_insert_over_the_row_of_a_deleted_event_is_neither_discarded_nor_park
             {"position": "(9,1)"},
             ["Tid Range Scan on change", "iot_events_pkey on iot_events"],
         ),
-        (queries.CLAIM, {"backfill_events": 9, "most_deaths": 5}, ["queue_lane_due_at_idx"]),
+        (queries.CLAIM, {"live_only": False, "most_deaths": 5}, ["queue_lane_due_at_idx"]),
     ],
     ids=["changes", "changes and texts", "queue"],
 )
