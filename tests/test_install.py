@@ -781,4 +781,4 @@ def test_the_command_reports_and_a_dry_run_only_prints(
 
         (report,) = settings.reports_dir.glob("*_uninstall.md")
         before = report.read_text().partition("## Steps")[0]
-        assert "embedding_input: select event.message::pg_catalog.text" in before
+        assert 'embedding_input: select event."message"::pg_catalog.text' in before

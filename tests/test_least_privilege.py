@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
-import numpy as np
 import psycopg
 import pytest
 
@@ -23,7 +22,6 @@ from listener.errors import SchemaError
 from tests.harness import (
     SERVICE_ROLE,
     Database,
-    TinyEmbedder,
     is_asleep,
     listener,
     serve_once,
@@ -31,6 +29,7 @@ from tests.harness import (
     wait_until,
 )
 from tests.own_server import MakeServer
+from tests.statements import PARAMETERS, STATEMENTS
 from tests.test_docs import ARCHITECTURE, table
 from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
 
@@ -61,39 +60,6 @@ select
 from granted
 where grantee <> owner
 """
-
-# One value for every name that a statement may ask for.
-_PARAMETERS = {
-    "bounds": [1.0],
-    "live_only": False,
-    "channel": "listener_help",
-    "delay_seconds": 0.0,
-    "duration": "1s",
-    "error": "why",
-    "event_id": "1",
-    "event_ids": [1],
-    "events": 1,
-    "hashes": [b""],
-    "host": "here",
-    "key": 470_219,
-    "last": 10,
-    "lease": 1,
-    "lease_seconds": 1.0,
-    "limit": 1,
-    "lock_class": 470_219,
-    "max_attempts": 5,
-    "model": TinyEmbedder.fingerprint,
-    "moment": 0.0,
-    "most_deaths": 5,
-    "payload": "",
-    "pid": 1,
-    "position": "(0,1)",
-    "retry_seconds": 1.0,
-    "since": None,
-    "start": None,
-    "versions": [1],
-    "worker": 1,
-}
 
 
 def documented() -> set[tuple[str, str, str]]:
@@ -140,14 +106,11 @@ def test_the_documented_rights_are_those_in_the_catalogue(database: Database) ->
 
 def refused(conn: Connection) -> set[str]:
     """The names of the runtime statements for which the worker lacks a right."""
-    vector = np.zeros(384, np.float32)
-    parameters = {**_PARAMETERS, "embedding": vector, "embeddings": [vector]}
-    statements = {name: text for name, text in vars(queries).items() if name[0].isupper()}
     lacking = set()
-    for name, text in statements.items():
+    for name, text in STATEMENTS.items():
         try:
             with conn.transaction(force_rollback=True):
-                conn.execute(text.encode(), parameters)
+                conn.execute(text.encode(), PARAMETERS)
         except psycopg.errors.InsufficientPrivilege:
             lacking.add(name)
     return lacking
@@ -157,7 +120,7 @@ def test_every_statement_may_be_executed_and_needs_each_right(database: Database
     """Exactly what the service uses: with any one right less, some statement fails."""
     ids = database.insert("a", "b")
     database.rows("delete from listener.change where event_id = %s", ids[0])
-    # In the lease of _PARAMETERS, so that its text is read.
+    # In the lease of PARAMETERS, so that its text is read.
     database.rows("insert into listener.queue (event_id, lease) values (%s, 1)", ids[0])
     rights = [(o, r) for o, role_name, r in documented() if role_name == "listener_worker"]
     signatures = database.rows(
@@ -258,10 +221,9 @@ def test_a_write_through_the_views_is_planned_as_on_the_tables(database: Databas
     ):
         assert view in bare
         bare = bare.replace(view, relation)
-    parameters = {**_PARAMETERS, "embeddings": [np.zeros(384, np.float32)]}
 
     def plan(conn: Connection, statement: str) -> list[str]:
-        rows = conn.execute(f"explain (costs off) {statement}".encode(), parameters).fetchall()
+        rows = conn.execute(f"explain (costs off) {statement}".encode(), PARAMETERS).fetchall()
         return [line for (line,) in rows]
 
     with database.service_session() as conn:

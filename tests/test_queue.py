@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psycopg
 import pytest
 
 from listener import queries
@@ -24,6 +26,7 @@ from tests.harness import (
     vector_of,
     wait_until,
 )
+from tests.statements import PARAMETERS, STATEMENTS
 
 MODEL = TinyEmbedder.fingerprint
 
@@ -834,3 +837,34 @@ def test_a_claim_reads_no_more_than_it_needs(
     assert all(scan in plan for scan in scans)
     assert "Seq Scan" not in plan
     assert ("iot_events" in plan) == ("listener.event" in statement)
+
+
+def test_no_statement_reads_events_or_vectors_whole_but_what_looks_at_all(
+    database: Database,
+) -> None:
+    """Each goes by a key or an index, however many there are."""
+    database.insert(*["a"] * 10_000)
+    database.rows(
+        "insert into public.event_embeddings (event_id, embedding, model, content_hash) "
+        "select id, array_fill(0, array[384])::vector, 'm', '' from public.iot_events"
+    )
+    database.rows("analyze")
+
+    whole = {
+        name
+        for name, text in STATEMENTS.items()
+        if re.search("Seq Scan on (iot_events|event_embeddings)", plan_of(database, text))
+    }
+
+    # Two of commands; the others count vectors one by one where there are few.
+    assert whole == {"DELETE_ORPHANS", "THROUGHPUT", "STATUS", "GAUGES"}
+
+
+def plan_of(database: Database, statement: str) -> str:
+    """Empty for one that has no plan, as LISTEN."""
+    try:
+        with database.conn.transaction(force_rollback=True):
+            rows = database.conn.execute(f"explain {statement}".encode(), PARAMETERS)
+            return "\n".join(line for (line,) in rows)
+    except psycopg.errors.SyntaxError:
+        return ""
