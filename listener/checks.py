@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from uuid import UUID
 
 import numpy as np
+from psycopg.rows import class_row
 
+from listener import queries
 from listener.blame import require_input
 from listener.catalogue import Facts, read_facts
 from listener.checks_link import check_clock, check_notify, check_server, check_tls, no_connection
-from listener.checks_reading import check_search, check_workers
 from listener.claim import Claim, Event, EventId
 from listener.config import DIMENSION, Settings
-from listener.database import Connection, connect
+from listener.database import Connection, connect, translated
 from listener.embedder import load_embedder
 from listener.endpoint import require_metrics
 from listener.errors import ListenerError, SchemaError
@@ -22,12 +24,22 @@ from listener.finding import Finding
 from listener.install import verify
 from listener.preflight import events_problem, rights_problem
 from listener.queue import Queue
+from listener.search import nearest
+from listener.status import other_model, read_workers
 from listener.worker import Worker
+
+
+@dataclass(frozen=True)
+class _VectorIndex:
+    name: str
+    opclass: str
+    is_valid: bool
+    serves_search: bool
 
 
 def run_checks(settings: Settings) -> Iterator[Finding]:
     """Every precondition in the order in which the service meets it."""
-    yield Finding("settings", True, "all read and in range")
+    yield Finding("settings", "all read and in range")
     fingerprint, model = _check_model(settings)
     yield model
     if settings.metrics_port:
@@ -42,9 +54,9 @@ def run_checks(settings: Settings) -> Iterator[Finding]:
         try:
             facts = read_facts(work)
         except SchemaError as error:
-            yield Finding("rights", False, str(error), error.exit_code)
+            yield Finding("rights", str(error), error.exit_code)
             return
-        yield Finding("connection", True, f"{facts.database} as {facts.role}")
+        yield Finding("connection", f"{facts.database} as {facts.role}")
         yield check_tls(work)
         server = check_server(facts)
         yield server
@@ -65,17 +77,17 @@ def _check_database(
     if not schema.ok:
         return
     yield _check_rights(settings, facts, work)
-    yield check_search(work)
-    yield check_workers(work, fingerprint)
+    yield _check_search(work)
+    yield _check_workers(work, fingerprint)
 
 
 def _check_model(settings: Settings) -> tuple[str | None, Finding]:
     try:
         embedder = load_embedder(settings)
     except ListenerError as error:
-        return None, Finding("model", False, str(error), error.exit_code)
+        return None, Finding("model", str(error), error.exit_code)
     detail = f"{embedder.fingerprint}, {DIMENSION} numbers, engine {embedder.engine}"
-    return embedder.fingerprint, Finding("model", True, detail)
+    return embedder.fingerprint, Finding("model", detail)
 
 
 def _check_metrics() -> Finding:
@@ -83,25 +95,23 @@ def _check_metrics() -> Finding:
     try:
         require_metrics()
     except ListenerError as error:
-        return Finding("metrics", False, str(error), error.exit_code)
-    return Finding("metrics", True, "the package for METRICS_PORT is installed")
+        return Finding("metrics", str(error), error.exit_code)
+    return Finding("metrics", "the package for METRICS_PORT is installed")
 
 
 def _check_extension(facts: Facts) -> Finding:
     if facts.vector_schema is None:
         remedy = "pgvector is not created here; run `create extension vector` or `listener install`"
-        return Finding("extension", False, remedy, 3)
-    return Finding(
-        "extension", True, f"pgvector {facts.vector_version} in schema {facts.vector_schema}"
-    )
+        return Finding("extension", remedy, 3)
+    return Finding("extension", f"pgvector {facts.vector_version} in schema {facts.vector_schema}")
 
 
 def _check_events(facts: Facts) -> Finding:
     # Once installed, nobody needs the owner's rights to run.
     problem = events_problem(facts) or (None if facts.installed else rights_problem(facts))
     if problem:
-        return Finding("iot_events", False, problem, 3)
-    return Finding("iot_events", True, "a table with a fitting key")
+        return Finding("iot_events", problem, 3)
+    return Finding("iot_events", "a table with a fitting key")
 
 
 def _check_schema(work: Connection) -> Finding:
@@ -109,12 +119,12 @@ def _check_schema(work: Connection) -> Finding:
         facts = verify(work)
         require_input(work)
     except ListenerError as error:
-        return Finding("schema", False, str(error), error.exit_code)
-    return Finding("schema", True, f"installed; triggers on; {facts.embeddings_type}")
+        return Finding("schema", str(error), error.exit_code)
+    return Finding("schema", f"installed; triggers on; {facts.embeddings_type}")
 
 
 def _check_rights(settings: Settings, facts: Facts, work: Connection) -> Finding:
-    """Try the loop's statements in a transaction that is rolled back; but the claim on no event."""
+    """Try the loop's statements, all but the claim for no event, and take them back."""
     queue = Queue(work, settings, None)
     kinds: dict[str, EventId] = {"uuid": UUID(int=0), "text": ""}
     nobody = kinds.get(facts.key.type if facts.key else "", 0)
@@ -131,5 +141,37 @@ def _check_rights(settings: Settings, facts: Facts, work: Connection) -> Finding
             with Worker.registered(work, "") as worker:
                 worker.unlock()
     except ListenerError as error:
-        return Finding("rights", False, str(error), error.exit_code)
-    return Finding("rights", True, "may claim, read, write, acknowledge and sweep")
+        return Finding("rights", str(error), error.exit_code)
+    return Finding("rights", "may register, claim, read, write, acknowledge and sweep")
+
+
+def _check_search(conn: Connection) -> Finding:
+    """The operator of `search`, and whether an index serves it. The service needs neither."""
+    try:
+        # No rows are asked for, so none are read; but the operator is looked up.
+        nearest(conn, np.zeros(DIMENSION, np.float32), "", 0)
+    except ListenerError as error:
+        return Finding("search", f"`listener search` would fail: {error}", warns=True)
+    with translated(), conn.cursor(row_factory=class_row(_VectorIndex)) as cursor:
+        indexes = cursor.execute(queries.VECTOR_INDEXES).fetchall()
+    for index in indexes:
+        if not index.is_valid:
+            problem = f"index {index.name} is invalid: its build failed"
+        elif not index.serves_search:
+            problem = f"index {index.name} ({index.opclass}) serves no search by cosine"
+        else:
+            continue
+        remedy = "drop it and make the one in README, 'Reading the vectors'"
+        return Finding("search", f"{problem}; {remedy}", warns=True)
+    served = ", ".join(f"by index {index.name}" for index in indexes)
+    return Finding("search", served or "exact: there is no vector index")
+
+
+def _check_workers(conn: Connection, fingerprint: str | None) -> Finding:
+    """Two workers with two models undo each other's work. `fingerprint` None: ours is unknown."""
+    try:
+        workers = read_workers(conn)
+    except ListenerError as error:
+        return Finding("workers", f"`listener status` would fail: {error}", warns=True)
+    problem = other_model(workers, fingerprint) if fingerprint else None
+    return Finding("workers", problem or f"{len(workers)} running", warns=problem is not None)

@@ -29,7 +29,7 @@ def no_connection(settings: Settings, error: ListenerError) -> Finding:
             f"{host} has IPv6 addresses only, and this machine has no route for IPv6; take the "
             "session pooler (port 5432 on Supabase), which has IPv4, or give the machine IPv6"
         )
-    return Finding("connection", False, detail, error.exit_code)
+    return Finding("connection", detail, error.exit_code)
 
 
 def _is_beyond_reach(host: str) -> bool:
@@ -60,15 +60,15 @@ def check_tls(conn: Connection) -> Finding:
     mode = _parameter(conn, "sslmode")
     remedy = "set sslmode=require, or verify-full with sslrootcert, which proves who answers, too"
     if not is_over_a_network(conn.info.hostaddr):
-        return Finding("tls", True, "not needed: the server is on this machine")
+        return Finding("tls", "not needed: the server is on this machine")
     if not conn.pgconn.ssl_in_use:
         who = f"who is on the way to {conn.info.host} can read password and event texts"
-        return Finding("tls", True, f"not encrypted: {who}; {remedy}", warns=True)
+        return Finding("tls", f"not encrypted: {who}; {remedy}", warns=True)
     if mode in ("allow", "prefer"):
         return Finding(
-            "tls", True, f"encrypted, but sslmode={mode} would go on without; {remedy}", warns=True
+            "tls", f"encrypted, but sslmode={mode} would go on without; {remedy}", warns=True
         )
-    return Finding("tls", True, f"encrypted, sslmode={mode}")
+    return Finding("tls", f"encrypted, sslmode={mode}")
 
 
 def is_over_a_network(address: str) -> bool:
@@ -87,27 +87,24 @@ def check_server(facts: Facts) -> Finding:
     problem = server_problem(facts)
     if problem:
         # 2, because the service waits for a read-only server, which may become writable.
-        return Finding("server", False, problem, 2 if facts.read_only else 3)
-    return Finding("server", True, f"PostgreSQL {facts.server_version // 10000}, a primary")
+        return Finding("server", problem, 2 if facts.read_only else 3)
+    return Finding("server", f"PostgreSQL {facts.server_version // 10000}, a primary")
 
 
 def check_notify(settings: Settings, wake: Connection, work: Connection) -> Finding:
     """By the NOTIFY that comes back or doesn't; a port or a host name proves nothing."""
     if settings.notify == "never":
-        return Finding(
-            "notify", True, f"off by NOTIFY=never; polls every {settings.poll_seconds} s"
-        )
+        return Finding("notify", f"off by NOTIFY=never; polls every {settings.poll_seconds} s")
     wakeup = Wakeup(wake, Stop(), settings.notify, settings.poll_seconds)
     try:
         if wakeup.listen(work):
-            return Finding("notify", True, "a NOTIFY comes back")
+            return Finding("notify", "a NOTIFY comes back")
     except ListenerError as error:
-        return Finding("notify", False, str(error), error.exit_code)
+        return Finding("notify", str(error), error.exit_code)
     finally:
         wakeup.close()
     return Finding(
         "notify",
-        False,
         "a NOTIFY doesn't come back: a transaction pooler; connect directly or to a session "
         "pooler (port 5432 on Supabase), or set NOTIFY=never to poll",
         2,
@@ -121,10 +118,9 @@ def check_clock(conn: Connection) -> Finding:
     after = time.time()
     apart = (before + after) / 2 - database
     if abs(apart) < _CLOCKS_APART_SECONDS + (after - before) / 2:
-        return Finding("clock", True, "as the database's")
+        return Finding("clock", "as the database's")
     return Finding(
         "clock",
-        True,
         f"this machine is {abs(apart):.0f} s {'ahead of' if apart > 0 else 'behind'} the "
         "database, so the times in its logs are; have both set by NTP",
         warns=True,

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """One precondition. `exit_code` is that of the error that the service would end with.
+    """One precondition. `exit_code` is that of the error that the service would end with, or 0.
 
     With `warns` the service works, but a human should look.
     """
 
     name: str
-    ok: bool
     detail: str
     exit_code: int = 0
     warns: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether the service works in this respect."""
+        return self.exit_code == 0
 
     @property
     def state(self) -> str:

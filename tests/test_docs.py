@@ -42,7 +42,7 @@ LAYERS = (
     {"columns", "queue", "status", "upkeep"},
     {"backfill", "metrics", "preflight", "report", "search", "sweep", "template"},
     {"engine_openvino", "engine_static", "engine_torch", "html_report", "install"},
-    {"checks_link", "checks_reading", "convert", "embedder", "endpoint"},
+    {"checks_link", "convert", "embedder", "endpoint"},
     {"encoding"},
     {"checks", "console", "pipeline"},
     {"live", "service"},
