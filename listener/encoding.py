@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import signal
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,7 +58,10 @@ class Encoder:
         """`cache_texts` bounds the memory. Raises what `load` raises."""
         self._cache_texts = cache_texts
         self._cache: OrderedDict[str | bytes, Vector] = OrderedDict()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        # A watchdog's SIGABRT is for the main thread, whose stack must not change while it is told.
+        self._thread = ThreadPoolExecutor(
+            1, "model", signal.pthread_sigmask, (signal.SIG_BLOCK, {signal.SIGABRT})
+        )
         # OpenMP keeps a team of threads for each thread that ever computed. Were the model loaded
         # (and tried) elsewhere, there would be more threads than cores, and all of them would sleep
         # and wake at each step instead of spinning: a tenth of the throughput.

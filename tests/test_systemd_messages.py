@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +24,7 @@ from listener.status import read_backlog
 from listener.wakeup import Wakeup
 from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
 from tests.proxy import proxied
+from tests.test_docs import ROOT
 
 _FED = "WATCHDOG=1"
 
@@ -266,3 +271,34 @@ def test_an_abstract_socket_is_one_like_others(monkeypatch: pytest.MonkeyPatch) 
         notify_systemd.ready()
 
         assert Systemd(channel).messages() == ["READY=1"]
+
+
+_ABORTED_WHILE_IT_SERVES = """
+import os, signal, time
+from listener.encoding import Encoder
+from tests.harness import TinyEmbedder
+
+def serve():
+    # As if this were the last thread to wake up.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGABRT})
+    os.kill(os.getpid(), signal.SIGABRT)
+    time.sleep(0.5)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGABRT})
+
+encoder = Encoder(TinyEmbedder, 0)
+serve()
+"""
+
+
+def test_the_watchdogs_signal_tells_where_the_loop_stands() -> None:
+    """In another thread it would tell of a loop that runs meanwhile, and can crash at that."""
+    ended = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", _ABORTED_WHILE_IT_SERVES],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+
+    assert ended.returncode == -signal.SIGABRT
+    assert "in serve" in ended.stderr.partition("Current thread")[2].partition("Thread 0x")[0]
