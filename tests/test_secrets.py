@@ -45,7 +45,7 @@ RUN_TO_THE_END = (
     ["demo", "--nonsense"],
     ["uninstall"],
 )
-# Without a server all of these end at the same place, but what they wanted there.
+# Without a server every command ends at the connection, so these are enough.
 WITHOUT_SERVER = (["install", "--dry-run"], ["check"], ["status"], ["backfill", "--all"])
 # What they say before they are stopped, with a server and without; without one a watch ends.
 RUN_UNTIL_STOPPED = (
