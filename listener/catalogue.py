@@ -172,7 +172,7 @@ select
      )),
     '{}'
   ) as triggers,
-  (select coalesce(pg_catalog.pg_get_function_sqlbody(p.oid), p.prosrc)
+  (select p.prosrc
    from pg_catalog.pg_proc p
    join pg_catalog.pg_namespace n on n.oid = p.pronamespace
    where n.nspname = 'listener'

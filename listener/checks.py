@@ -26,7 +26,7 @@ from listener.preflight import events_problem, rights_problem
 from listener.queue import Queue
 from listener.search import nearest
 from listener.status import other_model, read_workers
-from listener.worker import Worker
+from listener.worker import rehearse
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _check_schema(work: Connection) -> Finding:
 
 
 def _check_rights(settings: Settings, facts: Facts, work: Connection) -> Finding:
-    """Try the loop's statements, all but the claim for no event, and take them back."""
+    """Try the loop's statements in a transaction that is rolled back."""
     queue = Queue(work, settings, None)
     kinds: dict[str, EventId] = {"uuid": UUID(int=0), "text": ""}
     nobody = kinds.get(facts.key.type if facts.key else "", 0)
@@ -137,9 +137,7 @@ def _check_rights(settings: Settings, facts: Facts, work: Connection) -> Finding
             queue.release(0, [nobody])
             queue.extend(0, [nobody])
             queue.sweep("", None, 1)
-            # Last, because a beat may hold what writers need until the end of the transaction.
-            with Worker.registered(work, "") as worker:
-                worker.unlock()
+            rehearse(work)
     except ListenerError as error:
         return Finding("rights", str(error), error.exit_code)
     return Finding("rights", "may register, claim, read, write, acknowledge and sweep")

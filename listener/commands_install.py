@@ -61,8 +61,8 @@ def _tell_install(settings: Settings, before: Facts, plan: install.Plan, after: 
         facts_lines(before),
         [step.line for step in plan.steps] + list(plan.notes),
         facts_lines(after),
-        "`listener uninstall`, with `--drop-embeddings` if the vectors shall go too. The "
-        "embedding_input that was replaced, if any, is the one above under Before.",
+        "`listener uninstall`, with `--drop-embeddings` if the vectors shall go too."
+        + _input_before(before),
     )
     # Before any message: a closed stderr must not cost it.
     path = write_report(settings, report)
@@ -72,10 +72,16 @@ def _tell_install(settings: Settings, before: Facts, plan: install.Plan, after: 
     say(f"installed; report in {path}")
 
 
+def _input_before(facts: Facts) -> str:
+    """The body of embedding_input as it stood; none of one in the SQL standard's form."""
+    body = (facts.input_source or "").strip()
+    return f"\n\nembedding_input was:\n\n```\n{body}\n```" if body else ""
+
+
 @click.command("uninstall", cls=Command, settings=(*DATABASE, "reports_dir"))
 @click.option("--drop-embeddings", is_flag=True, help="Drop public.event_embeddings too.")
 def uninstall_command(drop_embeddings: bool) -> None:
-    """Take triggers and queue out again; with the vectors, iot_events is as it was before."""
+    """Take triggers and queue out again; with --drop-embeddings nothing is left on iot_events."""
     settings = load_settings()
     require_reports_dir(settings)
     with connect(settings, "listener-uninstall") as conn:
@@ -91,7 +97,7 @@ def uninstall_command(drop_embeddings: bool) -> None:
         facts_lines(before),
         [step.line for step in plan.steps],
         facts_lines(after),
-        "`listener install`, with `--columns` if the embedding_input above under Before is not the "
-        "default one (one of your own: create it again); then `listener backfill --all`.",
+        "`listener install`, with the `--columns` of before, or your own embedding_input created "
+        "again; then `listener backfill --all`." + _input_before(before),
     )
     say(f"uninstalled; report in {write_report(settings, report)}")

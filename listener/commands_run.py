@@ -42,7 +42,7 @@ _NICE = 10
 # The demo has a database, a model and a log level of its own.
 _OF_THE_DEMO = {"database_url", "embedding_model", "embedding_revision", "log_level"}
 _DEMO = ("demo_dir", *(name for name in SERVICE if name not in _OF_THE_DEMO))
-# It is told how much.
+# Without backfill_last_n: its options say how much.
 _BACKFILL = (*(name for name in SERVICE if name != "backfill_last_n"), "reports_dir")
 
 

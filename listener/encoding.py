@@ -58,7 +58,7 @@ class Encoder:
         """`cache_texts` bounds the memory. Raises what `load` raises."""
         self._cache_texts = cache_texts
         self._cache: OrderedDict[str | bytes, Vector] = OrderedDict()
-        # A watchdog's SIGABRT is for the main thread, whose stack must not change while it is told.
+        # A watchdog's SIGABRT is for the main thread: another would tell its stack while it runs.
         self._thread = ThreadPoolExecutor(
             1, "model", signal.pthread_sigmask, (signal.SIG_BLOCK, {signal.SIGABRT})
         )

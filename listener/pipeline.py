@@ -95,8 +95,9 @@ class Pipeline:
 
         `on_more` is called at each claim, except a first one of a single event that isn't full; its
         argument is whether the claim is the first and full. `on_batch` is called after each batch.
-        Raises ModelFault, with every claim given back, if the model can't run; with what is in hand
-        left so EncoderLost, ConnectionLost, SchemaError and psycopg.Error.
+        Raises ModelFault, with every claim given back, if the model can't run; EncoderLost, with
+        what it hasn't begun given back; ConnectionLost, SchemaError and psycopg.Error, with all
+        left in hand.
         """
         claimed, self._more = 0, True
         try:

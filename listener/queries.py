@@ -1,4 +1,4 @@
-"""The statements of the service and of the commands that read or queue; nothing is put into them.
+"""The statements of the service and of the commands that read or queue; values as parameters only.
 
 All times are the database's clock. `event_id` comes and goes as the Python type of its key.
 """
@@ -421,13 +421,14 @@ where q.event_id = h.event_id
 """
 )
 
+# Not one that is over, for FAIL's reason.
 EXTEND = (
     _HELD
     + """\
 update listener.queue q
 set due_at = now() + %(lease_seconds)s * interval '1 second'
 from held h
-where q.event_id = h.event_id
+where q.event_id = h.event_id and q.due_at > now()
 """
 )
 

@@ -39,7 +39,7 @@ _NOBODYS_LEASE = 0
 
 
 class Queue:
-    """One worker's hold on the queue. Each raises ConnectionLost, SchemaError and psycopg.Error."""
+    """One worker's hold on the queue. Methods raise ConnectionLost, SchemaError, psycopg.Error."""
 
     def __init__(
         self, conn: Connection, settings: Settings, worker: int | None, reads_apart: bool = False
@@ -254,7 +254,7 @@ class Queue:
         self._execute(queries.RELEASE, event_ids=ids, lease=lease, delay_seconds=delay_seconds)
 
     def extend(self, lease: int, event_ids: Sequence[EventId]) -> None:
-        """A sign of life: the lease runs from now."""
+        """A sign of life: the lease runs from now, unless it is over."""
         ids, seconds = list(event_ids), self._settings.lease_seconds
         self._execute(queries.EXTEND, event_ids=ids, lease=lease, lease_seconds=seconds)
 

@@ -81,5 +81,4 @@ def facts_lines(facts: Facts) -> list[str]:
         f"schema listener: {'there' if facts.installed else 'not there'}",
         f"event_embeddings.embedding: {facts.embeddings_type or 'not there'}",
         f"triggers on iot_events: {facts.triggers or 'none'}",
-        f"embedding_input: {facts.input_source or 'not there'}",
     ]

@@ -49,12 +49,6 @@ class Worker:
         with translated():
             conn.execute(queries.FORGET_WORKER, {"worker": number})
 
-    def unlock(self) -> None:
-        """Give up the lock, which a transaction pooler would keep. Peers then take it for dead."""
-        key = {"lock_class": LOCK_CLASS, "worker": self.number}
-        with translated():
-            self._conn.execute(queries.UNLOCK_WORKER, key)
-
     def be_seen(self) -> None:
         """Renew the time in the row, once in a while."""
         if time.monotonic() >= self._next_seen:
@@ -75,6 +69,21 @@ def _new_number(conn: Connection) -> int:
         f"the advisory locks ({LOCK_CLASS}, {number - _MOST_HELD + 1} to {number}) are held; see "
         "pg_locks for the session that does it, and end it"
     )
+
+
+def rehearse(conn: Connection) -> None:
+    """Try a worker's statements, in a transaction of the caller's that is rolled back.
+
+    Keeps no lock, as a transaction pooler would, and compacts nothing, which keeps writers out.
+    """
+    with translated():
+        number = _new_number(conn)
+        lock = {"lock_class": LOCK_CLASS, "worker": number}
+        conn.execute(queries.UNLOCK_WORKER, lock)
+        conn.execute(queries.REGISTER_WORKER, {"worker": number, "host": "", "pid": 0, "model": ""})
+        conn.execute(queries.BEAT, lock)
+        conn.execute(queries.SEE_WORKER, {"worker": number})
+        conn.execute(queries.FORGET_WORKER, {"worker": number})
 
 
 def beat(conn: Connection, worker: int | None) -> bool:

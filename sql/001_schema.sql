@@ -39,8 +39,8 @@ comment on column listener.queue.lane is '0 live, 1 backfill; live events are cl
 -- says `lane in (0, 1)`, or the index would not serve it.
 create index if not exists queue_lane_due_at_idx on listener.queue (lane, due_at);
 
--- listener.change has no key, so a publication for all tables would refuse every delete in it. Makes the
--- log longer under wal_level = logical only. After the index, because a claim locks the queue first.
+-- listener.change has no key, so a publication for all tables would refuse every delete in it. This makes
+-- the log longer under wal_level = logical only. After the index, because a claim locks the queue first.
 alter table listener.change replica identity full;
 
 -- Every event that waits to be embedded, and since when. One that is parked is not among them, unless

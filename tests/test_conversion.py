@@ -79,7 +79,7 @@ def test_two_conversions_at_once_both_leave_the_model(
     assert (tmp_path / "cache").stat().st_mode & 0o005
 
 
-def test_a_model_is_converted_out_of_the_cache_that_the_env_file_names(
+def test_a_model_is_found_in_the_cache_that_the_env_file_names(
     static_model: Path, tmp_path: Path
 ) -> None:
     """Libraries read HF_HOME when they are imported."""
@@ -92,7 +92,7 @@ def test_a_model_is_converted_out_of_the_cache_that_the_env_file_names(
         settings, "model", "convert", check=False, cwd=tmp_path, EMBEDDING_REVISION="0" * 40
     )
 
-    # One that is not found is to be fetched.
+    # It was found, or the message would be to fetch it.
     assert "needs no conversion" in finished.stderr
 
 

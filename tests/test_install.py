@@ -780,5 +780,5 @@ def test_the_command_reports_and_a_dry_run_only_prints(
         listener(settings, "uninstall")
 
         (report,) = settings.reports_dir.glob("*_uninstall.md")
-        before = report.read_text().partition("## Steps")[0]
-        assert 'embedding_input: select event."message"::pg_catalog.text' in before
+        undo = report.read_text().partition("## Undo")[2]
+        assert 'embedding_input was:\n\n```\nselect event."message"::pg_catalog.text\n```' in undo

@@ -266,8 +266,12 @@ def test_a_scrape_that_is_never_answered_is_given_up(
     proxy: Proxy, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else there would be no numbers of the database until a restart."""
-    limits = {"_GAUGES_SECONDS": 0.0, "_PATIENCE_SECONDS": 0.5, "_GAUGES_LIMIT": 3}
-    for name, seconds in {**limits, "_GRACE_SECONDS": 1.0}.items():
+    for name, seconds in (
+        ("_GAUGES_SECONDS", 0.0),
+        ("_PATIENCE_SECONDS", 0.5),
+        ("_GAUGES_LIMIT", 3),
+        ("_GRACE_SECONDS", 1.0),
+    ):
         monkeypatch.setattr(f"listener.metrics.{name}", seconds)
     registry = make_registry(database.through(proxy.port).settings)
     is_up = partial(registry.get_sample_value, "listener_database_up")
@@ -278,7 +282,6 @@ def test_a_scrape_that_is_never_answered_is_given_up(
         wait_until(lambda: not is_up() and database.waits("listener-metrics"))
         proxy.black_hole()
     proxy.heal()
-    assert not is_up()
 
     wait_until(is_up)
 

@@ -480,6 +480,7 @@ def test_an_attempt_at_a_text_of_before_fails_nothing_once_the_lease_is_over(
     database.rows("update listener.queue set due_at = now(), attempts = 5")
     database.rows("update public.iot_events set message = 'good'")
     assert queue.claim_changes(8) is None
+    queue.extend(zombie.lease, zombie.event_ids)
 
     assert queue.fail(zombie.lease, zombie.event_ids, "refused") == 0
 
@@ -842,7 +843,7 @@ def test_a_claim_reads_no_more_than_it_needs(
 def test_no_statement_reads_events_or_vectors_whole_but_what_looks_at_all(
     database: Database,
 ) -> None:
-    """Each goes by a key or an index, however many there are."""
+    """Each by a key or an index; what a function does inside is not seen."""
     database.insert(*["a"] * 10_000)
     database.rows(
         "insert into public.event_embeddings (event_id, embedding, model, content_hash) "
@@ -856,7 +857,7 @@ def test_no_statement_reads_events_or_vectors_whole_but_what_looks_at_all(
         if re.search("Seq Scan on (iot_events|event_embeddings)", plan_of(database, text))
     }
 
-    # Two of commands; the others count vectors one by one where there are few.
+    # The first two are of commands; STATUS and GAUGES count vectors one by one up to 100,001.
     assert whole == {"DELETE_ORPHANS", "THROUGHPUT", "STATUS", "GAUGES"}
 
 

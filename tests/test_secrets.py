@@ -46,7 +46,14 @@ RUN_TO_THE_END = (
     ["uninstall"],
 )
 # Without a server every command ends at the connection, so these are enough.
-WITHOUT_SERVER = (["install", "--dry-run"], ["check"], ["status"], ["backfill", "--all"])
+WITHOUT_SERVER = (
+    ["install", "--dry-run"],
+    ["check"],
+    ["status"],
+    ["report"],
+    ["search", "x"],
+    ["backfill", "--all"],
+)
 # What they say before they are stopped, with a server and without; without one a watch ends.
 RUN_UNTIL_STOPPED = (
     (["run"], "event=listening", "connection_lost"),
