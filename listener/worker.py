@@ -34,15 +34,7 @@ class Worker:
         """Register, release what dead workers hold, and on a clean leave sign off."""
         with translated():
             number = _new_number(conn)
-            conn.execute(
-                queries.REGISTER_WORKER,
-                {
-                    "worker": number,
-                    "host": socket.gethostname(),
-                    "pid": os.getpid(),
-                    "model": model,
-                },
-            )
+            _register(conn, number, model)
         beat(conn, number)
         yield cls(conn, number)
         # Not after an error: then events may still be leased, and the row tells a peer whose.
@@ -71,6 +63,12 @@ def _new_number(conn: Connection) -> int:
     )
 
 
+def _register(conn: Connection, number: int, model: str) -> None:
+    host, pid = socket.gethostname(), os.getpid()
+    given = {"worker": number, "host": host, "pid": pid, "model": model}
+    conn.execute(queries.REGISTER_WORKER, given)
+
+
 def rehearse(conn: Connection) -> None:
     """Try a worker's statements, in a transaction of the caller's that is rolled back.
 
@@ -80,7 +78,7 @@ def rehearse(conn: Connection) -> None:
         number = _new_number(conn)
         lock = {"lock_class": LOCK_CLASS, "worker": number}
         conn.execute(queries.UNLOCK_WORKER, lock)
-        conn.execute(queries.REGISTER_WORKER, {"worker": number, "host": "", "pid": 0, "model": ""})
+        _register(conn, number, "")
         conn.execute(queries.BEAT, lock)
         conn.execute(queries.SEE_WORKER, {"worker": number})
         conn.execute(queries.FORGET_WORKER, {"worker": number})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -17,14 +16,14 @@ from typing import Any
 import pytest
 
 from listener import notify_systemd
+from listener.config import Settings
 from listener.database import Connection
 from listener.embedded import Server
 from listener.pipeline import Pipeline
 from listener.status import read_backlog
 from listener.wakeup import Wakeup
-from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
+from tests.harness import Database, TinyEmbedder, environment, is_asleep, serving, wait_until
 from tests.proxy import proxied
-from tests.test_docs import ROOT
 
 _FED = "WATCHDOG=1"
 
@@ -294,7 +293,7 @@ def test_the_watchdogs_signal_tells_where_the_loop_stands() -> None:
     """In another thread it would tell of a loop that runs meanwhile, and can crash at that."""
     ended = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", _ABORTED_WHILE_IT_SERVES],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(Settings()),
         stderr=subprocess.PIPE,
         text=True,
         check=False,
