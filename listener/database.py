@@ -122,6 +122,17 @@ def connect(
     return conn
 
 
+def notice_loss(conn: Connection) -> None:
+    """Raise ConnectionLost if it was lost while nothing was asked of it, as while the model ran.
+
+    The next statement, which would find that out as well, would be blamed for it.
+    """
+    with translated():
+        # The first may find no more than the server's last words.
+        conn.pgconn.consume_input()
+        conn.pgconn.consume_input()
+
+
 def read_clock(conn: Connection) -> float:
     """The database's time, in seconds of the epoch."""
     with translated():

@@ -5,13 +5,17 @@ ListenerError            one clear line on stderr
 ├── SchemaError       exit 3: something that `listener install` or the owner provides is missing
 ├── ConnectionLost    back off, connect again, LISTEN, drain
 │   ├── StatementTimeout  try less at a time where that can help, else the same
-│   └── LostOverEvents    the same; several in a row make suspects of what was in hand
+│   └── LostOverEvents    the same; several times over one event make it a suspect
 ├── EmbeddingError    one event's fault: try it again later, in the end park it
 ├── ModelFault        the model's fault: nothing is parked, leases are given back, wait
 └── EncoderLost       exit 1: a hung model, a failed GPU; the process ends, to be started again
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from listener.claim import EventId
 
 
 class ListenerError(Exception):
@@ -47,7 +51,14 @@ class StatementTimeout(ConnectionLost):
 
 
 class LostOverEvents(ConnectionLost):
-    """Lost within a statement that reads the texts of events or stores their vectors."""
+    """Lost within a statement that reads the texts of events or stores their vectors.
+
+    `event_ids` is empty where the statement was to find them.
+    """
+
+    def __init__(self, message: str, event_ids: Sequence[EventId]) -> None:
+        super().__init__(message)
+        self.event_ids = event_ids
 
 
 class EmbeddingError(ListenerError):

@@ -402,8 +402,17 @@ returning
 """
 )
 
+# A commit that waits for the disk, though the session's don't.
+_DURABLY = """\
+  pg_catalog.set_config(
+    'synchronous_commit',
+    pg_catalog.replace(pg_catalog.current_setting('synchronous_commit'), 'off', 'local'),
+    true
+  )"""
+
 # Give a claim back as if it had not been made; due a while from now, or at its old place in line;
-# at once where a clock that was set back has put that place into the future.
+# at once where a clock that was set back has put that place into the future. Its commit waits for
+# the disk: undone by a crash, it would be a claim that nobody remembers, as of a worker that died.
 RELEASE = (
     _HELD
     + """\
@@ -416,7 +425,11 @@ set
     when %(delay_seconds)s = 0 then least(q.queued_at, now())
     else now() + %(delay_seconds)s * interval '1 second'
   end
-from held h
+from
+  held h,
+"""
+    + _DURABLY
+    + """
 where q.event_id = h.event_id
 """
 )
@@ -458,16 +471,16 @@ where q.event_id = h.event_id
 
 # Its commit waits for the disk: what a crash of the server undid would go unnoticed, as the sweep
 # goes on with the next page.
-SWEEP = """
+SWEEP = (
+    """
 select s.scanned, s.queued, s.next_from
 from
-  pg_catalog.set_config(
-    'synchronous_commit',
-    pg_catalog.replace(pg_catalog.current_setting('synchronous_commit'), 'off', 'local'),
-    true
-  ),
+"""
+    + _DURABLY
+    + """,
   listener.sweep(%(model)s, %(start)s, %(events)s, %(since)s) s
 """
+)
 
 # Parked events that were deleted.
 DISCARD_PARKED = """

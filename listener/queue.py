@@ -17,7 +17,7 @@ from listener.blame import in_parts, require_input, works_without_events
 from listener.claim import Claim, Event, EventId, SweepPage, Vector
 from listener.config import Settings
 from listener.counters import counters
-from listener.database import Connection, translated
+from listener.database import Connection, notice_loss, translated
 from listener.errors import ConnectionLost, LostOverEvents, SchemaError
 from listener.health import health
 from listener.logs import log
@@ -113,8 +113,8 @@ class Queue:
                     raise
                 if isinstance(error, SchemaError):
                     require_input(self._conn)
-                # Either embedding_input fails, and `read` finds out on which event; or somebody
-                # locks iot_events, which TAKE doesn't need.
+                # embedding_input fails, and `read` finds out on which event; or iot_events is
+                # locked, which TAKE doesn't need.
         return self._execute(queries.TAKE, **given)
 
     def _claim_due(self, events: int, *, live_only: bool = False) -> Claim | None:
@@ -154,8 +154,7 @@ class Queue:
         known = {event.event_id for event in claim.already_read}
         unread = [event_id for event_id in claim.event_ids if event_id not in known]
         rows = self._in_parts(claim.lease, unread, read, fail)
-        deleted = [event_id for event_id, _, is_deleted, _ in rows if is_deleted]
-        if deleted:
+        if deleted := [event_id for event_id, _, is_deleted, _ in rows if is_deleted]:
             self._execute(queries.DISCARD, event_ids=deleted, lease=claim.lease)
         found = [
             Event(event_id, version, text)
@@ -286,12 +285,13 @@ class Queue:
         )
 
     def _execute_on_events(self, statement: str, **parameters: Any) -> list[Any]:
+        notice_loss(self._conn)
         try:
             return self._execute(statement, **parameters)
         except ConnectionLost as error:
             if not self._conn.closed:
                 raise
-            raise LostOverEvents(str(error)) from error
+            raise LostOverEvents(str(error), parameters.get("event_ids", [])) from error
 
     def _execute(self, statement: str, **parameters: Any) -> list[Any]:
         health.progressed()

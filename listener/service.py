@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ from listener.worker import BEAT_SECONDS, Worker, beat
 
 # After sessions that end so soon the wait doubles, up to some seconds.
 _BRIEF_SECONDS, _MOST_DOUBLINGS = 2.0, 3
-# To lose the connection over events so many times in a row may still be chance.
+# To lose the connection over an event so many times may still be chance.
 _BY_CHANCE = 2
 # Where events never cease, a page of the sweep comes this often, or takes a quarter of the time.
 _TURN_SECONDS = 1.0
@@ -43,14 +43,15 @@ _STATUS_SECONDS = 15.0
 
 @dataclass
 class _Kept:
-    """What outlives a connection; `losses`: how many in a row within a statement about events.
+    """What outlives a connection; `losses`: how many times one was lost over an event.
 
-    `has_drained`: nothing was left to do once, so no process died of what was there at its start.
+    `has_drained`: nothing was left to do once, since the process began or a connection was lost
+    over events; so neither was for what waits.
     """
 
     sweep: Sweep
     in_hand: dict[int, list[EventId]] = field(default_factory=dict)
-    losses: int = 0
+    losses: Counter[EventId] = field(default_factory=Counter)
     has_drained: bool = False
 
 
@@ -119,16 +120,19 @@ class Service:
                 raise
 
     def _suspect(self, error: ConnectionLost | psycopg.Error) -> None:
-        """Leave what was in hand as a dead worker's if it seems that the database fails on it.
+        """Leave as a dead worker's the events on which the database seems to fail.
 
-        So the event to blame is found, and parked, as one that kills the process is.
+        So the one to blame is found, and parked, as one that kills the process is.
         """
-        if not isinstance(error, (LostOverEvents, psycopg.Error)):
-            self._kept.losses = 0
+        if not isinstance(error, LostOverEvents):
             return
-        self._kept.losses += 1
-        if self._kept.losses > _BY_CHANCE:
-            self._kept.in_hand.clear()
+        kept = self._kept
+        kept.has_drained = False
+        kept.losses.update(error.event_ids)
+        kept.in_hand = {
+            lease: [one for one in event_ids if kept.losses[one] <= _BY_CHANCE]
+            for lease, event_ids in kept.in_hand.items()
+        }
 
     def _wait_for_model(self, error: ModelFault) -> None:
         log(
@@ -193,8 +197,7 @@ class _Session:
         self._connections = deque(connections)
         self._work = connections[0]
         number = worker.number if worker else None
-        apart = kept.losses > 0 or not kept.has_drained
-        self._queue = Queue(self._work, settings, number, reads_apart=apart)
+        self._queue = Queue(self._work, settings, number, reads_apart=not kept.has_drained)
         self._pipeline = Pipeline(settings, self._queue, encoder, stop, kept.in_hand)
         self._kept = kept
         self._next_beat = time.monotonic()
@@ -230,9 +233,9 @@ class _Session:
     def _drain(self) -> int:
         claimed = self._pipeline.drain(self._stay_awake, self._after_step)
         self._kept.has_drained = True
-        if claimed:
-            # These events went through, so none of them is what breaks the connection.
-            self._kept.losses = 0
+        # These went through; who is suspected may be still to come.
+        losses = self._kept.losses
+        self._kept.losses = Counter({one: n for one, n in losses.items() if n > _BY_CHANCE})
         return claimed
 
     def _sweep_page(self) -> bool:

@@ -7,6 +7,9 @@ import pytest
 from listener import queries
 from tests.harness import SERVICE_ROLE, Database
 
+# What an extension that crashes, or a text that takes all memory, comes to for the service.
+LOSE_CONNECTION = "perform pg_catalog.pg_terminate_backend(pg_catalog.pg_backend_pid())"
+
 
 def replace_input(database: Database, on_bad: str, volatility: str = "stable") -> None:
     """The text is the message, or what `on_bad` does."""
@@ -57,15 +60,29 @@ def limit_statements(monkeypatch: pytest.MonkeyPatch, limit: str, instead: str =
 
 def slow_down_writes(database: Database, seconds: float) -> None:
     """What each vector then takes, as into a large index on a slow disk."""
+    _do_before_writes(database, f"perform pg_sleep({seconds})")
+
+
+def lose_every_other_write(database: Database) -> None:
+    """The connection is lost over the first vector, and each second one from there on."""
+    database.rows(
+        f"create sequence public.write; grant usage on sequence public.write to {SERVICE_ROLE}"
+    )
+    _do_before_writes(
+        database, f"if nextval('public.write') % 2 = 1 then {LOSE_CONNECTION}; end if"
+    )
+
+
+def _do_before_writes(database: Database, deed: str) -> None:
     database.rows(
         f"""
-        create function public.be_slow() returns trigger language plpgsql
-        as $$ begin perform pg_sleep({seconds}); return new; end $$
+        create function public.misbehave() returns trigger language plpgsql
+        as $$ begin {deed}; return new; end $$
         """
     )
     database.rows(
-        "create trigger slow before insert on public.event_embeddings "
-        "for each row execute function public.be_slow()"
+        "create trigger misbehave before insert on public.event_embeddings "
+        "for each row execute function public.misbehave()"
     )
 
 

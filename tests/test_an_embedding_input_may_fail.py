@@ -17,6 +17,7 @@ from tests.harness import (
     Database,
     TinyEmbedder,
     claimed,
+    is_asleep,
     listener,
     serve_once,
     serving,
@@ -24,6 +25,7 @@ from tests.harness import (
     wait_until,
 )
 from tests.misbehaviour import (
+    LOSE_CONNECTION,
     SLOW,
     change_sweep,
     limit_statements,
@@ -224,16 +226,12 @@ def test_behind_a_pooler_what_takes_too_long_fails_no_event(
     assert [row[3:] for row in database.queue()] == [(1, True, False, None)]
 
 
-# What an extension that crashes, or a text that takes all memory, comes to for the service.
-_KILLS = "perform pg_catalog.pg_terminate_backend(pg_catalog.pg_backend_pid())"
-
-
 @pytest.mark.usefixtures("quick_reconnects")
 def test_an_event_over_which_the_connection_is_lost_is_parked_and_its_mates_are_stored(
     database: Database,
 ) -> None:
     """Each time that it is read."""
-    replace_input(database, _KILLS)
+    replace_input(database, LOSE_CONNECTION)
     bad, *mates = database.insert("bad", "a", "b")
 
     with serving(database.with_settings(backfill_last_n=0, max_attempts=3)):
@@ -243,7 +241,27 @@ def test_an_event_over_which_the_connection_is_lost_is_parked_and_its_mates_are_
 
 
 @pytest.mark.usefixtures("quick_reconnects")
-@pytest.mark.parametrize("on_bad", [_KILLS, "perform pg_catalog.pg_sleep(9)"])
+def test_an_event_that_is_in_hand_while_the_connection_is_lost_over_another_is_no_suspect(
+    database: Database,
+) -> None:
+    """Nothing was asked of the database for it."""
+    replace_input(database, LOSE_CONNECTION)
+    database = database.with_settings(batch_events=1, max_attempts=3)
+    embedder = TinyEmbedder()
+    embedder.may_run.clear()
+    with serving(database, embedder):
+        wait_until(lambda: is_asleep(database))
+        beside, bad = database.insert("beside", "bad")
+        wait_until(lambda: [row[0] for row in database.queue() if row[5]] == [bad])
+        attempts = [row[3] for row in database.queue() if row[0] == beside]
+        embedder.may_run.set()
+        wait_until(lambda: beside in database.embedded())
+
+    assert attempts == [1]
+
+
+@pytest.mark.usefixtures("quick_reconnects")
+@pytest.mark.parametrize("on_bad", [LOSE_CONNECTION, "perform pg_catalog.pg_sleep(9)"])
 def test_a_sweep_gets_past_an_event_that_loses_the_connection_or_takes_too_long(
     database: Database, monkeypatch: pytest.MonkeyPatch, on_bad: str
 ) -> None:
@@ -271,7 +289,7 @@ def test_a_sweep_asks_for_no_text_of_an_event_that_waits_or_has_no_embedding(
     database: Database, queue: Queue
 ) -> None:
     """A first backfill is done without, and one that was parked is left alone."""
-    replace_input(database, _KILLS)
+    replace_input(database, LOSE_CONNECTION)
     parked, new = database.insert("bad", "bad")
     database.park(parked)
     database.rows("delete from listener.change")

@@ -33,7 +33,8 @@ SETTINGS = {spec.name.upper(): spec for spec in fields(Settings)}
 
 # A module imports from lower lines only, never from its own.
 LAYERS = (
-    {"__init__", "claim", "counters", "errors", "finding", "queries", "stop"},
+    {"__init__", "claim", "counters", "finding", "queries", "stop"},
+    {"errors"},
     {"alone", "config", "embedded", "helper_threads", "passes", "vectors"},
     {"logs", "model"},
     {"notify_systemd"},

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from listener import queries
 from listener.counters import counters
 from listener.database import connect
+from listener.errors import ConnectionLost
 from listener.queue import Queue
-from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
+from tests.harness import Database, TinyEmbedder, claimed, is_asleep, serving, store, wait_until
 from tests.misbehaviour import limit_statements, lose_deadlocks, slow_down_writes
 from tests.own_server import MakeServer, become_standby, installed
 
@@ -76,8 +77,52 @@ def test_twenty_crashes_of_the_server_in_mid_batch_lose_double_and_park_nothing(
 
 
 def is_in_mid_batch(database: Database, embedder: AskedEmbedder) -> bool:
-    """Whether the model has a batch of a claim that holds."""
-    return database.leased() > 0 and embedder.is_asked
+    """Whether the model has a batch of a claim that holds, and nothing else is done meanwhile."""
+    is_quiet = database.value(
+        "select every(state = 'idle' and clock_timestamp() - state_change > interval '50 ms') "
+        "from pg_stat_activity where application_name = 'listener-work'"
+    )
+    return database.leased() > 0 and embedder.is_asked and bool(is_quiet)
+
+
+def test_a_connection_lost_before_a_statement_is_not_lost_over_its_events(
+    database: Database,
+) -> None:
+    """As while the model ran; several times over it would make suspects of them."""
+    database.insert("a")
+    with database.service_session("lost") as conn:
+        queue = Queue(conn, database.settings, None)
+        claim = claimed(queue)
+        events = queue.read(claim)
+        database.terminate("lost")
+        wait_until(lambda: not database.rows(_SESSIONS, "lost"))
+
+        with pytest.raises(ConnectionLost) as caught:
+            store(queue, claim, events)
+
+    assert type(caught.value) is ConnectionLost
+
+
+_SESSIONS = "select from pg_stat_activity where application_name = %s"
+
+
+def test_a_crash_undoes_no_release(make_server: MakeServer) -> None:
+    """Else it would be the claim of a dead worker again, and count an attempt."""
+    server = make_server("wal_writer_delay=10s")
+    with installed(server) as first, first.session() as work:
+        first.insert("a")
+        work.execute(queries.SERVICE_SESSION)
+        queue = Queue(work, first.settings, None)
+        claim = claimed(queue)
+        # Its commit waits for the disk, and takes the claim along.
+        first.insert("b")
+
+        queue.release(claim.lease, claim.event_ids)
+
+        server.stop("immediate")
+    server.start()
+    with reconnected(first) as database:
+        assert [row[1:5] for row in database.queue()] == [(1, 0, 0, False), (0, 0, 0, False)]
 
 
 def test_a_crash_undoes_no_page_of_a_sweep(make_server: MakeServer) -> None:
