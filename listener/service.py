@@ -43,10 +43,10 @@ _STATUS_SECONDS = 15.0
 
 @dataclass
 class _Kept:
-    """What outlives a connection; `losses`: how many times one was lost over an event.
+    """What outlives a connection; `losses`: how often one was lost over each event.
 
-    `has_drained`: nothing was left to do once, since the process began or a connection was lost
-    over events; so neither was for what waits.
+    `has_drained`: nothing was left to do once since the process began, or since a connection was
+    lost over events; until then an event that waits may be the cause.
     """
 
     sweep: Sweep
