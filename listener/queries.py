@@ -137,6 +137,14 @@ COMPACT = "select listener.compact()"
 
 # --- queue -------------------------------------------------------------------------------------
 
+# A commit that waits for the disk, though the session's don't.
+_DURABLY = """\
+  pg_catalog.set_config(
+    'synchronous_commit',
+    pg_catalog.replace(pg_catalog.current_setting('synchronous_commit'), 'off', 'local'),
+    true
+  )"""
+
 # Take up to `events` changes into the queue, leased at once. From `position` (a ctid) on, or each
 # claim would read again what was deleted before it and is not vacuumed yet. An event that is queued
 # already starts anew; new lease and version fence out its holder. But one that was claimed and
@@ -191,7 +199,8 @@ returning
   (select max(t.place)::text from taken t) as position,
   (select count(*) from taken) as changes,
 """
-TAKE = _TAKE + "  null::text as input\n"
+# For a claim that must leave a trace, should the server crash over the texts that are read next.
+TAKE = _TAKE + _DURABLY + ",\n  null::text as input\n"
 
 # The same, and the text of what is new in the queue, which saves a round trip. If a newer one was
 # taken and done with since the statement began, the hash in WRITE refuses this one.
@@ -206,8 +215,10 @@ TAKE_AND_READ = (
 
 # Lease up to `events` due events: live ones, then backfill unless `live_only`. Events whose worker
 # died are kept apart: the first time a quarter of a claim, later alone, so that one that kills the
-# process is found while its mates finish; after `most_deaths` attempts they are parked.
-CLAIM = """
+# process is found while its mates finish; after `most_deaths` attempts they are parked. Its commit
+# waits for the disk, or one that makes the server crash would leave no trace.
+CLAIM = (
+    """
 with live as materialized (
   select q.event_id, q.lane, q.due_at, q.lease, q.attempts
   from listener.queue q
@@ -254,11 +265,16 @@ set
     then coalesce(q.error, 'its worker died or lost its lease on every attempt')
     else q.error
   end
-from taken t
-cross join token k
+from
+  taken t,
+  token k,
+"""  # noqa: S608  constants
+    + _DURABLY
+    + """
 where q.event_id = t.event_id
 returning q.event_id, q.lease, q.attempts, t.was_leased
 """
+)
 
 # Version and text out of one snapshot, in a statement of its own: the claim locks the newest
 # version of a queue row but would read the event as of its start, and so could pair a new version
@@ -401,14 +417,6 @@ returning
   extract(epoch from nullif(q.due_at, 'infinity') - now())::float8 as retry_in_seconds
 """
 )
-
-# A commit that waits for the disk, though the session's don't.
-_DURABLY = """\
-  pg_catalog.set_config(
-    'synchronous_commit',
-    pg_catalog.replace(pg_catalog.current_setting('synchronous_commit'), 'off', 'local'),
-    true
-  )"""
 
 # Give a claim back as if it had not been made; due a while from now, or at its old place in line;
 # at once where a clock that was set back has put that place into the future. Its commit waits for

@@ -87,7 +87,7 @@ class Queue:
         if not rows:
             self._position, self._retries_are_next = _FIRST_PLACE, False
             return None
-        _, lease, _, self._position, changes, _ = rows[0]
+        _, lease, _, self._position, changes, *_ = rows[0]
         self._retries_are_next = looks_back or (self._has_retries and changes >= events)
         claimed = [(event_id, text) for event_id, _, is_claimed, *_, text in rows if is_claimed]
         if not claimed:

@@ -43,7 +43,7 @@ _STATUS_SECONDS = 15.0
 
 @dataclass
 class _Kept:
-    """What outlives a connection; `losses`: how often one was lost over each event.
+    """What outlives a connection; `losses`: how often one was lost over each event, of late.
 
     `has_drained`: nothing was left to do once since the process began, or since a connection was
     lost over events; until then an event that waits may be the cause.
@@ -124,14 +124,20 @@ class Service:
 
         So the one to blame is found, and parked, as one that kills the process is.
         """
-        if not isinstance(error, LostOverEvents):
-            return
         kept = self._kept
+        if isinstance(error, LostOverEvents):
+            event_ids = error.event_ids
+        elif isinstance(error, psycopg.Error):
+            # Neither bisected nor a connection that is known to be lost: any may be the cause.
+            event_ids = [one for claimed in kept.in_hand.values() for one in claimed]
+        else:
+            return
         kept.has_drained = False
-        kept.losses.update(error.event_ids)
+        kept.losses.update(event_ids)
+        suspects = {one for one in event_ids if kept.losses[one] > _BY_CHANCE}
         kept.in_hand = {
-            lease: [one for one in event_ids if kept.losses[one] <= _BY_CHANCE]
-            for lease, event_ids in kept.in_hand.items()
+            lease: [one for one in claimed if one not in suspects]
+            for lease, claimed in kept.in_hand.items()
         }
 
     def _wait_for_model(self, error: ModelFault) -> None:

@@ -7,7 +7,7 @@ import pytest
 from listener import queries
 from tests.harness import SERVICE_ROLE, Database
 
-# What an extension that crashes, or a text that takes all memory, comes to for the service.
+# What the service sees of a backend that ends; unlike a crash, it undoes no commit.
 LOSE_CONNECTION = "perform pg_catalog.pg_terminate_backend(pg_catalog.pg_backend_pid())"
 
 

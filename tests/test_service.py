@@ -10,12 +10,13 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from listener.counters import counters
 from listener.embedded import Server
 from listener.encoding import Encoder
-from listener.errors import ConnectionLost, SchemaError
+from listener.errors import ConnectionLost, LostOverEvents, SchemaError
 from listener.pipeline import Pipeline
 from listener.service import Service, _Kept, _open_session
 from listener.stop import Stop
@@ -75,6 +76,24 @@ def test_losses_of_connections_far_apart_make_no_suspect(database: Database) -> 
 
     assert counters.reconnects - reconnects == 5
     assert counters.lease_expiries == expiries
+
+
+def test_an_event_is_a_suspect_only_where_the_statement_was_about_it(database: Database) -> None:
+    """Also one that was a suspect before; after an error that tells nothing all in hand are."""
+    with closing(Encoder(TinyEmbedder, 0)) as encoder:
+        service = Service(database.settings, encoder, Stop())
+    left = []
+    for error in [LostOverEvents("lost", [1])] * 3 + [LostOverEvents("lost", [2])]:
+        service._kept.in_hand = {7: [1, 2]}
+        service._suspect(error)
+        left.append(service._kept.in_hand[7])
+    assert left == [[1, 2], [1, 2], [2], [1, 2]]
+
+    for _ in range(2):
+        service._kept.in_hand = {7: [2, 3]}
+        service._suspect(psycopg.DatabaseError("out of memory for query result"))
+
+    assert service._kept.in_hand == {7: [3]}
 
 
 def test_notifications_are_taken_while_the_service_is_busy(

@@ -125,6 +125,27 @@ def test_a_crash_undoes_no_release(make_server: MakeServer) -> None:
         assert [row[1:5] for row in database.queue()] == [(1, 0, 0, False), (0, 0, 0, False)]
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_crash_undoes_no_claim_whose_texts_are_read_apart(
+    make_server: MakeServer, is_new: bool
+) -> None:
+    """Or an event over which the server crashes would leave no trace, and never be found."""
+    server = make_server("wal_writer_delay=10s")
+    with installed(server) as first, first.session() as work:
+        first.insert("a")
+        work.execute(queries.SERVICE_SESSION)
+        queue = Queue(work, first.settings, None, reads_apart=True)
+        claim = claimed(queue)
+        if not is_new:
+            queue.release(claim.lease, claim.event_ids)
+            claimed(queue)
+
+        server.stop("immediate")
+    server.start()
+    with reconnected(first) as database:
+        assert [row[3:5] for row in database.queue()] == [(1, True)]
+
+
 def test_a_crash_undoes_no_page_of_a_sweep(make_server: MakeServer) -> None:
     """The sweep goes on with the next page: what the crash undid would wait for the next sweep."""
     server = make_server("wal_writer_delay=10s")
