@@ -200,7 +200,7 @@ returning
   (select count(*) from taken) as changes,
 """
 # For a claim that must leave a trace, should the server crash over the texts that are read next.
-TAKE = _TAKE + _DURABLY + ",\n  null::text as input\n"
+TAKE = _TAKE + "  (select" + _DURABLY + "),\n  null::text as input\n"
 
 # The same, and the text of what is new in the queue, which saves a round trip. If a newer one was
 # taken and done with since the statement began, the hash in WRITE refuses this one.

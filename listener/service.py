@@ -43,8 +43,10 @@ _STATUS_SECONDS = 15.0
 
 @dataclass
 class _Kept:
-    """What outlives a connection; `losses`: how often one was lost over each event, of late.
+    """What outlives a connection.
 
+    `losses`: how often one was lost over each event; of a suspect for good, of others until nothing
+    is left to do.
     `has_drained`: nothing was left to do once since the process began, or since a connection was
     lost over events; until then an event that waits may be the cause.
     """

@@ -10,7 +10,7 @@ import pytest
 
 from listener.pipeline import _FIRST_CLAIM
 from tests.harness import Command, Database, Spawn, TinyEmbedder, listener, wait_until
-from tests.misbehaviour import replace_input
+from tests.misbehaviour import LOSE_CONNECTION, replace_input
 from tests.tiny_worker import STEPS
 
 _TINY = "tests.tiny_worker"
@@ -168,7 +168,7 @@ def test_a_text_that_kills_each_process_while_it_is_read_is_parked(
     database: Database, spawn: Spawn
 ) -> None:
     """Before a claim that comes with its text is committed; each new process would begin anew."""
-    replace_input(database, "perform pg_catalog.pg_terminate_backend(pg_catalog.pg_backend_pid())")
+    replace_input(database, LOSE_CONNECTION)
     bad, good = database.insert("bad", "good")
     deaths = keep_running(spawn, database, DIE_AT_LOSS="1", MAX_ATTEMPTS="1")
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from listener import queries
 from listener.counters import counters
-from listener.database import connect
+from listener.database import Connection, connect
 from listener.errors import ConnectionLost
 from listener.queue import Queue
 from tests.harness import Database, TinyEmbedder, claimed, is_asleep, serving, store, wait_until
@@ -90,12 +90,12 @@ def test_a_connection_lost_before_a_statement_is_not_lost_over_its_events(
 ) -> None:
     """As while the model ran; several times over it would make suspects of them."""
     database.insert("a")
-    with database.service_session("lost") as conn:
+    with database.service_session() as conn:
         queue = Queue(conn, database.settings, None)
         claim = claimed(queue)
         events = queue.read(claim)
-        database.terminate("lost")
-        wait_until(lambda: not database.rows(_SESSIONS, "lost"))
+        # Until its process is gone, and with it the socket.
+        assert database.value("select pg_terminate_backend(%s, 5000)", conn.info.backend_pid)
 
         with pytest.raises(ConnectionLost) as caught:
             store(queue, claim, events)
@@ -103,15 +103,24 @@ def test_a_connection_lost_before_a_statement_is_not_lost_over_its_events(
     assert type(caught.value) is ConnectionLost
 
 
-_SESSIONS = "select from pg_stat_activity where application_name = %s"
+@contextmanager
+def until_a_crash(make_server: MakeServer) -> Iterator[tuple[Database, Connection]]:
+    """A session with the service's settings; then the server crashes, and starts again.
+
+    All is lost that no commit has waited for.
+    """
+    server = make_server("wal_writer_delay=10s")
+    with installed(server) as first, first.session() as work:
+        work.execute(queries.SERVICE_SESSION)
+        yield first, work
+        server.stop("immediate")
+    server.start()
 
 
 def test_a_crash_undoes_no_release(make_server: MakeServer) -> None:
     """Else it would be the claim of a dead worker again, and count an attempt."""
-    server = make_server("wal_writer_delay=10s")
-    with installed(server) as first, first.session() as work:
+    with until_a_crash(make_server) as (first, work):
         first.insert("a")
-        work.execute(queries.SERVICE_SESSION)
         queue = Queue(work, first.settings, None)
         claim = claimed(queue)
         # Its commit waits for the disk, and takes the claim along.
@@ -119,8 +128,6 @@ def test_a_crash_undoes_no_release(make_server: MakeServer) -> None:
 
         queue.release(claim.lease, claim.event_ids)
 
-        server.stop("immediate")
-    server.start()
     with reconnected(first) as database:
         assert [row[1:5] for row in database.queue()] == [(1, 0, 0, False), (0, 0, 0, False)]
 
@@ -130,34 +137,26 @@ def test_a_crash_undoes_no_claim_whose_texts_are_read_apart(
     make_server: MakeServer, is_new: bool
 ) -> None:
     """Or an event over which the server crashes would leave no trace, and never be found."""
-    server = make_server("wal_writer_delay=10s")
-    with installed(server) as first, first.session() as work:
+    with until_a_crash(make_server) as (first, work):
         first.insert("a")
-        work.execute(queries.SERVICE_SESSION)
         queue = Queue(work, first.settings, None, reads_apart=True)
         claim = claimed(queue)
         if not is_new:
             queue.release(claim.lease, claim.event_ids)
             claimed(queue)
 
-        server.stop("immediate")
-    server.start()
     with reconnected(first) as database:
         assert [row[3:5] for row in database.queue()] == [(1, True)]
 
 
 def test_a_crash_undoes_no_page_of_a_sweep(make_server: MakeServer) -> None:
     """The sweep goes on with the next page: what the crash undid would wait for the next sweep."""
-    server = make_server("wal_writer_delay=10s")
-    with installed(server) as first, first.session() as work:
+    with until_a_crash(make_server) as (first, work):
         first.insert(*map(str, range(10)))
         first.forget_queue()
-        work.execute(queries.SERVICE_SESSION)
 
         Queue(work, first.settings, None).sweep(TinyEmbedder.fingerprint, None, 10)
 
-        server.stop("immediate")
-    server.start()
     with reconnected(first) as database:
         assert len(database.queue()) == 10
 
