@@ -11,13 +11,14 @@ from psycopg.pq import TransactionStatus
 
 from listener import queries
 from listener.database import Connection, cause_of, is_of_a_row, translated
-from listener.errors import SchemaError, StatementTimeout
+from listener.errors import ConnectionLost, SchemaError, StatementTimeout
 
 T = TypeVar("T")
 
-# Classes of a missing object or right, as a rule no row's fault. But an embedding_input that takes
-# what is in a column for a name (a cast to regclass, say) raises them for one event.
-_PERHAPS_OF_A_ROW = {"0A", "3F", "42"}
+# SQLSTATEs, or classes of them, as a rule no row's fault. But an embedding_input that takes
+# what is in a column for a name (a cast to regclass, say) raises those of a missing object or right
+# for one event, and memory that lacks or a block that can't be read may be of one event only.
+_PERHAPS_OF_A_ROW = {"0A", "3F", "42", "53200", "58030"}
 
 
 def in_parts(
@@ -34,8 +35,8 @@ def in_parts(
     everything, `fail` takes too long as well, and that raises. Raised at once is:
     - what no single row can cause;
     - a time-out without a session of the service's own, where it may have been a wait for a lock;
-    - what may lie in the schema, unless `works_without()` shows that the statement works where it
-      finds no row (None: that was seen).
+    - what may lie in the schema or the server, unless `works_without()` shows that the statement
+      works where it finds no row (None: that was seen).
     `before_each` is called before each try.
     """
     if not items:
@@ -47,16 +48,14 @@ def in_parts(
         if not has_session:
             raise
         reason = str(error)
-    except (SchemaError, psycopg.Error) as error:
+    except (SchemaError, ConnectionLost, psycopg.Error) as error:
         cause = error if isinstance(error, psycopg.Error) else error.__cause__
-        assert isinstance(cause, psycopg.Error)  # noqa: S101  only `translated` raises the other
-        if not is_of_a_row(cause):
-            if (cause.diag.sqlstate or "")[:2] not in _PERHAPS_OF_A_ROW:
+        if not isinstance(cause, psycopg.Error) or not _may_be_of_a_row(cause):
+            raise
+        if works_without is not None and not is_of_a_row(cause):
+            if not works_without():
                 raise
-            if works_without is not None:
-                if not works_without():
-                    raise
-                return in_parts(items, run, fail, has_session, None, before_each)
+            return in_parts(items, run, fail, has_session, None, before_each)
         reason = cause_of(cause)
     if len(items) == 1:
         fail(items[0], reason)
@@ -66,6 +65,11 @@ def in_parts(
         *in_parts(items[:half], run, fail, has_session, works_without, before_each),
         *in_parts(items[half:], run, fail, has_session, works_without, before_each),
     ]
+
+
+def _may_be_of_a_row(error: psycopg.Error) -> bool:
+    state = error.diag.sqlstate or ""
+    return is_of_a_row(error) or bool({state, state[:2]} & _PERHAPS_OF_A_ROW)
 
 
 def works_without_events(conn: Connection, run: Callable[[], object]) -> bool:

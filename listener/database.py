@@ -39,7 +39,7 @@ _ANSWER_SECONDS = 10.0
 # SQLSTATEs, or classes of them, of which no single row is the cause: the connection, the
 # transaction, the statement itself, the server's state and resources, other servers. All the rest
 # one row can bring about, by what is in it or by an embedding_input of the operator's own, whose
-# codes are free. Of 0A, 3F and 42 `blame` finds out whether it was one.
+# codes are free. Of some, `blame` finds out whether it was one.
 _NOT_OF_A_ROW = {
     *("08", "0A", "25", "26", "28", "34", "3D", "3F", "40", "42"),
     *("53", "55006", "55P02", "55P03", "55P04", "57", "58", "72", "F0", "HV"),

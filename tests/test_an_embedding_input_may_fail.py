@@ -56,6 +56,9 @@ FAILURES = {
     "SyntaxError": "execute 'select ' || event.message || ' from'",
     "FeatureNotSupported": "perform array_position(array[[1]], 1)",
     "ObjectNotInPrerequisiteState": "raise object_not_in_prerequisite_state",
+    # For which else the server is blamed.
+    "OutOfMemory": "raise out_of_memory",
+    "IoError": "raise io_error",
 }
 
 
