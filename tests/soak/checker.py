@@ -27,6 +27,8 @@ LOST, STALE, ORPHAN, DUPLICATE = "lost", "stale", "without an event", "duplicate
 GONE_BACK, UNKNOWN_TEXT, UNPARKED = "gone back", "of a text never committed", "poison not parked"
 GOOD_PARKED = "good events parked"
 
+# Before the snapshot: one from before `listener.compact` would show both tables empty.
+_LOCK = b"lock table listener.queue, listener.change in access share mode"
 # Nothing of it is hidden by an index: each is a scan.
 _WRONG = b"""
 select e.id, m.event_id is null as is_lost
@@ -156,6 +158,7 @@ class Checker(Background):
         """What must hold at any moment."""
         conn.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         with conn.transaction():
+            conn.execute(_LOCK)
             parameters = {"model": self._ground.fingerprint}
             for event_id, is_lost in conn.execute(_WRONG, parameters).fetchall():
                 self._found(conn, LOST if is_lost else STALE, event_id)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench.cluster import Cluster
+from listener import queries
 from listener.embedded import Server
+from tests.harness import wait_until
 from tests.soak import checker, statements
 from tests.soak.checker import Checker
 from tests.soak.ground import Connection, Ground, installed
@@ -20,6 +23,9 @@ select e.id, %(vector)s::vector, %(model)s,
   sha256(convert_to(coalesce(listener.embedding_input(e.*), ''), 'UTF8'))
 from public.iot_events e where strpos(e.message, 'poison') = 0
 on conflict (event_id) do update set content_hash = excluded.content_hash
+"""
+_WAITS_FOR_EVENTS = b"""
+select from pg_locks l where l.relation = 'public.iot_events'::regclass and not l.granted
 """
 _VECTOR = str([*np.eye(384)[0].tolist()])
 
@@ -63,6 +69,21 @@ def test_nothing_is_found_where_all_is_well(ground: Ground, conn: Connection) ->
     conn.execute("insert into listener.queue (event_id, due_at) values (5, 'infinity')")
 
     assert look(ground, conn) == {}
+
+
+def test_a_look_that_waits_sees_what_is_compacted_meanwhile(
+    ground: Ground, conn: Connection
+) -> None:
+    """Its snapshot is no older than its hold on the queue."""
+    conn.execute(statements.INSERT, {"events": 1})
+    with ground.connect("locker") as locker, ThreadPoolExecutor() as pool:
+        with locker.transaction():
+            locker.execute("lock table public.iot_events in access exclusive mode")
+            found = pool.submit(look, ground, conn)
+            wait_until(lambda: locker.execute(_WAITS_FOR_EVENTS).fetchall())
+            locker.execute(queries.COMPACT)
+
+        assert found.result() == {}
 
 
 def test_a_lost_event_is_found(ground: Ground, conn: Connection) -> None:
