@@ -129,22 +129,6 @@ begin
 end
 $$;
 
--- Its rights are those of who installed first, not of a superuser who upgrades: it calls functions that
--- the former may replace.
-do $$
-declare
-  v_owner name := (
-    select pg_catalog.pg_get_userbyid(c.relowner)
-    from pg_catalog.pg_class c
-    where c.oid = 'listener.event'::regclass
-  );
-begin
-  execute pg_catalog.format(
-    'alter function listener.page(text, text, integer, timestamptz) owner to %I', v_owner
-  );
-end
-$$;
-
 -- Queue the events of one page whose embedding is missing, of another text or of another model; where
 -- p_model is null, all of them. Returns how many it looked at, how many it queued, and where the next
 -- page begins (null: the end). Run again with nothing changed, it writes nothing.
@@ -302,6 +286,27 @@ begin
   join public.iot_events e on e.id = p.event_id
   join public.event_embeddings m on m.event_id = e.id
   where pg_catalog.isfinite(e.created_at);
+end
+$$;
+
+-- What runs with its owner's rights has those of who installed first, not of a superuser who upgrades: it
+-- calls functions that the former may replace.
+do $$
+declare
+  v_function regprocedure;
+  v_owner name;
+begin
+  for v_function, v_owner in
+    select p.oid, pg_catalog.pg_get_userbyid(n.nspowner)
+    from pg_catalog.pg_proc p
+    join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+    where n.nspname = 'listener'
+      and p.prosecdef
+      and p.prorettype <> 'pg_catalog.trigger'::regtype
+      and p.proowner <> n.nspowner
+  loop
+    execute pg_catalog.format('alter function %s owner to %I', v_function, v_owner);
+  end loop;
 end
 $$;
 

@@ -181,7 +181,13 @@ def test_the_trigger_functions_belong_to_a_role_that_cannot_log_in(project: Data
 def test_an_upgrade_by_a_superuser_gives_no_function_its_rights(project: Database) -> None:
     """They call embedding_input, which the project's role may replace."""
     with superuser(project) as conn:
-        conn.execute("drop function listener.page(text, text, integer, timestamptz)")
+        for function in (
+            "page(text, text, integer, timestamptz)",
+            "latency(integer)",
+            "nearest(extensions.vector, text, integer)",
+            "compact()",
+        ):
+            conn.execute(f"drop function listener.{function}".encode())
 
         install_in(conn)
 
