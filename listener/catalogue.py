@@ -165,11 +165,7 @@ select
      from pg_catalog.pg_trigger g
      join pg_catalog.pg_proc p on p.oid = g.tgfoid
      join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-     where g.tgrelid = t.oid and g.tgname in (
-       'listener_inserted', 'listener_updated',
-       -- Those of an earlier version, which must go.
-       'listener_deleted', 'listener_truncated'
-     )),
+     where g.tgrelid = t.oid and g.tgname in ('listener_inserted', 'listener_updated')),
     '{}'
   ) as triggers,
   (select p.prosrc

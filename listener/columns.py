@@ -62,6 +62,5 @@ def expression(columns: Sequence[str]) -> str:
 
 def is_replaced(facts: Facts, columns: Sequence[str]) -> bool:
     """Whether embedding_input is another one than an install makes for these columns."""
-    # One with a body in the SQL standard's form has an empty source. Once the type had no schema.
-    source = (facts.input_source or "").strip().replace("::pg_catalog.text", "::text")
-    return source != f"select {expression(columns)}".replace("::pg_catalog.text", "::text")
+    # One with a body in the SQL standard's form has an empty source.
+    return (facts.input_source or "").strip() != f"select {expression(columns)}"

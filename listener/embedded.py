@@ -48,8 +48,7 @@ class Server:
         """Make the data directory if it isn't there. `options` are -c settings, name=value."""
         server = cls(home, _reachable(programs, home), port, options)
         home.mkdir(parents=True, exist_ok=True)
-        # Closed to others, also where an earlier version left it open: who reaches the socket is
-        # superuser.
+        # Who reaches the socket is superuser.
         home.chmod(0o700)
         if not (home / "data" / "PG_VERSION").exists():
             if os.geteuid() == 0:

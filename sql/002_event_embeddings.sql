@@ -26,8 +26,8 @@ begin
     constraint event_embeddings_event_id_fkey foreign key (event_id)
       references public.iot_events (id) on update cascade on delete cascade
   );
-  -- A table of a version without the policy, too; where it has the policy, it was you who switched row
-  -- security off.
+  -- A table that was restored without the policy, too; where it has the policy, it was you who switched
+  -- row security off.
   v_must_close := v_must_close or not exists (
     select from pg_catalog.pg_class c
     where c.oid = 'public.event_embeddings'::regclass

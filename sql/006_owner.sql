@@ -19,8 +19,6 @@ $$;
 -- A function's new owner must be able to create in its schema.
 grant usage, create on schema listener to listener_owner;
 grant insert on listener.change to listener_owner;
--- Before there was listener.change, the triggers wrote there.
-revoke all on listener.queue from listener_owner;
 grant execute on function listener.embedding_input(public.iot_events) to listener_owner;
 
 alter function listener.queue_inserted() owner to listener_owner;

@@ -15,19 +15,3 @@ for each statement execute function listener.queue_updated();
 
 alter table public.iot_events enable always trigger listener_inserted;
 alter table public.iot_events enable always trigger listener_updated;
-
--- An install from before the table listener.change had two more.
-do $$
-begin
-  if exists (
-    select from pg_catalog.pg_trigger g
-    where g.tgrelid = 'public.iot_events'::regclass
-      and g.tgname in ('listener_deleted', 'listener_truncated')
-  ) then
-    drop trigger if exists listener_deleted on public.iot_events;
-    drop trigger if exists listener_truncated on public.iot_events;
-    drop function if exists listener.queue_deleted();
-    drop function if exists listener.queue_truncated();
-  end if;
-end
-$$;

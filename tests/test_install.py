@@ -577,24 +577,6 @@ def test_a_replaced_embedding_input_is_left_alone(database: Database) -> None:
     assert database.value("select listener.embedding_input(e) from public.iot_events e") == "info"
 
 
-def test_an_upgrade_makes_a_generated_embedding_input_anew(database: Database) -> None:
-    """How it is written may have changed, as here the name of a type."""
-    written = "select prosrc from pg_proc where proname = 'embedding_input'"
-    source = database.value(written)
-    older = source.replace("::pg_catalog.text", "::text")
-    assert older != source
-    database.rows(
-        "create or replace function listener.embedding_input(event public.iot_events) "
-        f"returns text language sql stable set search_path = '' as $${older}$$"
-    )
-    database.rows("update listener.applied set digest = 'of an earlier version'")
-
-    plan = install_in(database.conn)
-
-    assert database.value(written) == source
-    assert plan.notes == ()
-
-
 @pytest.mark.parametrize(
     "damage",
     [

@@ -113,7 +113,7 @@ def test_a_trigger_of_the_users_own_is_none_of_ours_whatever_its_name(
             "as $$ begin return null; end $$"
         )
         database.rows(
-            "create trigger listener_audit after insert on public.iot_events "
+            "create trigger listener_deleted after delete on public.iot_events "
             "execute function public.audit()"
         )
 
@@ -122,7 +122,7 @@ def test_a_trigger_of_the_users_own_is_none_of_ours_whatever_its_name(
         assert install_in(database.conn).steps == ()
         uninstall_in(database.conn, drop_embeddings=True)
         assert database.rows("select tgname from pg_trigger where not tgisinternal") == [
-            ("listener_audit",)
+            ("listener_deleted",)
         ]
 
 

@@ -77,20 +77,10 @@ def age(database: Database) -> None:
     """Make the installed objects those of an earlier version, as far as an install can tell."""
     database.rows("update listener.applied set digest = 'of an earlier version'")
     database.rows("drop index listener.queue_lane_due_at_idx")
-    database.rows("grant select, insert, update, delete on listener.queue to listener_owner")
-    database.rows(
-        "create function listener.queue_deleted() returns trigger language plpgsql "
-        "security definer set search_path = '' as $$ begin delete from listener.queue q "
-        "using old_events o where q.event_id = o.id; return null; end $$"
-    )
-    database.rows(
-        "create trigger listener_deleted after delete on public.iot_events "
-        "referencing old table as old_events for each statement "
-        "execute function listener.queue_deleted()"
-    )
+    database.rows("alter table public.iot_events enable trigger listener_inserted")
     database.rows(
         "create or replace function listener.queue_inserted() returns trigger language plpgsql "
-        "security definer set search_path = '' as $$ begin insert into listener.queue (event_id) "
+        "security definer set search_path = '' as $$ begin insert into listener.change (event_id) "
         "select id from new_events; perform pg_notify('listener', ''); return null; end $$"
     )
 
@@ -268,7 +258,7 @@ def test_an_upgrade_with_live_workers_loses_nothing(database: Database) -> None:
     """Every object is made again while two services claim, on one connection, and devices write."""
     reconnects = counters.reconnects
     with serving(database), serving(database), traffic(database) as devices:
-        # One that came later would refuse the old triggers.
+        # One that came later would refuse the old trigger.
         wait_until(lambda: database.value("select count(*) from listener.worker") == 2)
         age(database)
         devices.wait_for_more()
@@ -289,10 +279,6 @@ def test_an_upgrade_with_live_workers_loses_nothing(database: Database) -> None:
     assert counters.reconnects == reconnects
     assert install_in(database.conn).steps == ()
     assert database.value("select to_regclass('listener.queue_lane_due_at_idx')") is not None
-    assert database.value("select to_regproc('listener.queue_deleted')") is None
-    assert not database.value(
-        "select has_table_privilege('listener_owner', 'listener.queue', 'select')"
-    )
 
 
 def test_an_uninstall_under_traffic_ends_the_service_and_no_writer(
