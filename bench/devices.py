@@ -20,7 +20,7 @@ from bench.processes import REPOSITORY, Line
 from bench.progress import say
 from bench.quiet import wait_for_quiet
 from bench.report import Section, at_least
-from bench.systems import TORCH, System
+from bench.systems import System
 from bench.texts import embedded_texts
 from listener.config import Settings
 from listener.database import Connection, connect
@@ -88,7 +88,7 @@ class Drained:
     reused: int
 
 
-def run(cluster: Cluster, model: Model, sample: int, engine: str = TORCH) -> Section:
+def run(cluster: Cluster, model: Model, sample: int, engine: str) -> Section:
     """One COPY of all events to a service that sleeps; a line instead if the data isn't there."""
     system = systems.listener(engine)
     systems.prepare(system, model.directory)

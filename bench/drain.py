@@ -42,7 +42,7 @@ class Round:
         return self.bare / self.service
 
 
-def run(cluster: Cluster, model: Model, texts: int, rounds: int, engine: str = TORCH) -> Section:
+def run(cluster: Cluster, model: Model, texts: int, rounds: int, engine: str) -> Section:
     """Each round a fresh database, a fresh bare process and a fresh service."""
     system = systems.listener(engine)
     systems.prepare(system, model.directory)

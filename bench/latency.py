@@ -54,7 +54,7 @@ OVERHEAD_TARGETS = (3.0, 15.0, 100.0)
 TARGETS = {OPENVINO: (12.0, 30.0)}
 
 
-def run(cluster: Cluster, model: Model, inserts: int, engine: str = TORCH) -> Section:
+def run(cluster: Cluster, model: Model, inserts: int, engine: str) -> Section:
     """Single inserts at random gaps, in turn with bare encodes of the same texts."""
     system = systems.listener(engine)
     systems.prepare(system, model.directory)

@@ -14,6 +14,7 @@ from bench.progress import say
 from bench.report import Section, at_least
 from bench.systems import OPENVINO, OPENVINO_BF16, TORCH
 from bench.texts import random_texts
+from listener.config import DIMENSION
 from listener.embedder import load_embedder
 from listener.passes import plan_passes
 
@@ -50,7 +51,7 @@ def _encode(model: Model, engine: str, texts: Sequence[str]) -> Vectors:
     system = systems.listener(engine)
     systems.prepare(system, model.directory)
     embedder = load_embedder(system.settings(model.directory))
-    vectors = np.zeros((len(texts), 384), np.float32)
+    vectors = np.zeros((len(texts), DIMENSION), np.float32)
     for indices in plan_passes(embedder.lengths(texts), _PASS_TOKENS):
         vectors[indices] = embedder.encode([texts[index] for index in indices])
     return vectors

@@ -101,13 +101,13 @@ class LoggedProcess:
 
 @contextmanager
 def service(
-    cluster: Cluster, url: str, model: Path, environment: Mapping[str, str] | None = None
+    cluster: Cluster, url: str, model: Path, environment: Mapping[str, str]
 ) -> Iterator[LoggedProcess]:
     """`listener run` with default settings but for `environment`, once it listens."""
     # Not in the repository: a .env there would change what is measured.
     command = [sys.executable, "-m", "listener", "run"]
     where = cluster.folder
-    with _worker(command, where, url, model, where / "service.log", environment or {}) as process:
+    with _worker(command, where, url, model, where / "service.log", environment) as process:
         yield process
 
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 DATABASE = ("database_url",)
 MODEL = ("embedding_model", "embedding_revision")
 ENGINE = (*MODEL, "engine", "precision", "model_cache")
-LOGS = ("log_format", "log_level")
 ENCODING = (*ENGINE, "cache_texts")
 SERVICE = (
     *DATABASE,
@@ -39,7 +38,8 @@ SERVICE = (
     "poll_seconds",
     "sweep_seconds",
     "notify",
-    *LOGS,
+    "log_format",
+    "log_level",
 )
 # All but new line and tab.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
@@ -48,7 +48,7 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *ran
 class Command(click.Command):
     """A command whose --help ends with the settings that it reads."""
 
-    def __init__(self, *args: Any, settings: Sequence[str] = (), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, settings: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings = settings
 
@@ -56,9 +56,8 @@ class Command(click.Command):
         """List the environment variables."""
         by_name = {spec.name: spec for spec in fields(Settings)}
         rows = [(name.upper(), by_name[name].metadata["help"]) for name in self.settings]
-        if rows:
-            with formatter.section("Settings, from the environment or .env"):
-                formatter.write_dl(rows)
+        with formatter.section("Settings, from the environment or .env"):
+            formatter.write_dl(rows)
         super().format_epilog(ctx, formatter)
 
 

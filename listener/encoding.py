@@ -148,9 +148,8 @@ class Encoder:
     def _encode(self, texts: Sequence[str]) -> Encoded:
         known: dict[str, Vector | EmbeddingError] = {}
         for text in set(texts):
-            if (key := _key(text)) in self._cache:
-                self._cache.move_to_end(key)
-                known[text] = self._cache[key]
+            if self._knows(text):
+                known[text] = self._cache[_key(text)]
         missing = [text for text in dict.fromkeys(texts) if text not in known]
         known.update(zip(missing, self._encode_missing(missing), strict=True))
         if any(isinstance(known[text], EmbeddingError) for text in missing):

@@ -18,7 +18,8 @@ class Health:
 
     def __init__(self) -> None:
         self._progressed: float | None = None
-        self._serves: str | None = None
+        # The fingerprint of the model that it serves with; None while it is not ready.
+        self.serves: str | None = None
 
     def progressed(self) -> None:
         """The loop has come to its next step. May be called at each; only by the loop."""
@@ -28,16 +29,11 @@ class Health:
     @contextmanager
     def serving(self, model: str) -> Iterator[None]:
         """For this block the model is loaded, the database connected and LISTEN live."""
-        self._serves = model
+        self.serves = model
         try:
             yield
         finally:
-            self._serves = None
-
-    @property
-    def serves(self) -> str | None:
-        """The fingerprint of the model that it serves with; None while it is not ready."""
-        return self._serves
+            self.serves = None
 
     @property
     def is_stalled(self) -> bool:

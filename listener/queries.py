@@ -77,7 +77,7 @@ UNLOCK_WORKER = "select pg_catalog.pg_advisory_unlock(%(lock_class)s, %(worker)s
 FORGET_WORKER = "delete from listener.worker where worker = %(worker)s"
 
 # A free lock means a dead session. Its events keep their lease, which marks them as claimed and
-# never answered, and go back to the place in line that they had. After a second death they go to
+# never answered, and go back to the place in line that they had. After a second attempt they go to
 # its end: at the front an innocent one would be in hand at every death that follows.
 #
 # Also asks whether a queued event is due (a retry, an ended lease, one that a writer held), of

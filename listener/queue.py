@@ -46,7 +46,7 @@ class Queue:
     ) -> None:
         """`worker` None: without a session of its own (a pooler), known by its leases only.
 
-        With `reads_apart` a claim is on record before its texts are read, until nothing is due.
+        With `reads_apart` a claim commits before its texts are read, until nothing is due.
         """
         self._conn = conn
         self._reads_apart = reads_apart

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from listener.catalogue import Facts
 from listener.config import Settings
@@ -29,10 +30,7 @@ def require_reports_dir(settings: Settings) -> None:
     folder = settings.reports_dir
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        probe = folder / ".writable"
-        probe.touch()
-        # Another command may have been quicker.
-        probe.unlink(missing_ok=True)
+        TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(
             f"REPORTS_DIR {folder} can't be written ({error.strerror}); name another directory"

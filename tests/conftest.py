@@ -19,6 +19,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from bench.models import gte_shape
 from listener.config import GTE_SMALL_REVISION, Settings
 from listener.database import connect
 from listener.embedded import Server, binaries
@@ -50,21 +51,14 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """An ephemeral server on a free port, without fsync: what dies here is the process."""
-    # Not pytest's own directory, which is closed to the account that the server runs under.
-    home = Path(tempfile.mkdtemp(prefix="listener-"))
-    options = ("fsync=off", "max_connections=100", "max_prepared_transactions=5")
-    home.rmdir()
-    running = Server.prepared(home, _programs(), free_port(), *options)
-    running.start()
-    yield running
-    _stop_if_running(running)
-    shutil.rmtree(home)
+    with ExitStack() as stack:
+        yield _make_server(stack, _programs(), "max_prepared_transactions=5")
 
 
 def _make_server(stack: ExitStack, programs: Path, *options: str) -> Server:
+    # Not pytest's own directory, which is closed to the account that the server runs under.
     home = Path(tempfile.mkdtemp(prefix="listener-"))
     stack.callback(shutil.rmtree, home)
-    home.rmdir()
     made = Server.prepared(home, programs, free_port(), "fsync=off", *options)
     stack.callback(_stop_if_running, made)
     made.start()
@@ -215,26 +209,13 @@ def static(database: Database, static_model: Path) -> Database:
 
 
 @pytest.fixture(scope="session")
-def gte_small_cache(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+def gte_small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hub cache with a model of gte-small's shape: 12 layers, fp16 files, random weights."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
     home = tmp_path_factory.mktemp("hub")
     repository = home / "models--thenlper--gte-small"
     snapshot = repository / "snapshots" / GTE_SMALL_REVISION
-    bare = home / "bare"
-    torch.manual_seed(1)
-    config = BertConfig(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536
-    )
-    BertModel(config).save_pretrained(bare)
-    AutoTokenizer.from_pretrained(minilm, model_max_length=512).save_pretrained(bare)
-    transformer = Transformer(str(bare), max_seq_length=512)
-    modules = [transformer, Pooling(384, pooling_mode="mean"), Normalize()]
-    SentenceTransformer(modules=modules, device="cpu").half().save(str(snapshot))
+    snapshot.parent.mkdir(parents=True)
+    gte_shape(home).rename(snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(GTE_SMALL_REVISION)
     return home

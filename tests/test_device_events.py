@@ -6,7 +6,6 @@ import random
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from listener.config import Settings
 from tests.harness import Database, listener
@@ -15,7 +14,6 @@ SAMPLE = 500
 NEIGHBOURS = 10
 
 
-@pytest.mark.model
 def test_neighbours_of_a_device_event_are_of_its_kind(
     database: Database, converted: Settings, device_events: list[dict[str, str]]
 ) -> None:

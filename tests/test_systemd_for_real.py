@@ -28,8 +28,6 @@ _PASSWORD = "hunter-2"  # noqa: S105  of no real account
 # Much longer than a beat, much shorter than the unit's own.
 _WATCHDOG_SECONDS = 5
 
-pytestmark = pytest.mark.model
-
 
 def blocks_of_the_readme(language: str) -> list[str]:
     """Its blocks of code, in order."""
