@@ -84,10 +84,16 @@ begin
   if pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
     return;
   end if;
-  -- A dump that has its snapshot but not yet its locks would find the tables empty.
+  -- A dump, or another reader, that has its snapshot but not yet its locks would find the tables empty.
   begin
     perform from pg_catalog.pg_stat_activity a
-    where a.datname = pg_catalog.current_database() and a.application_name = 'pg_dump';
+    where a.datname = pg_catalog.current_database() and a.application_name = 'pg_dump'
+    union all
+    select from pg_catalog.pg_locks l
+    join pg_catalog.pg_database d on d.oid = l.database
+    where d.datname = pg_catalog.current_database()
+      and l.mode = 'AccessShareLock'
+      and not l.granted;
     if found then
       return;
     end if;

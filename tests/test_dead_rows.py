@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -170,6 +171,26 @@ def test_nothing_is_emptied_while_a_dump_may_not_have_its_locks_yet(
         return not files(database) & before
 
     wait_until(is_emptied)
+
+
+def test_nothing_is_emptied_while_a_reader_waits_that_may_have_its_snapshot(
+    database: Database, service: Connection
+) -> None:
+    """As a dump does, under whatever name, that meets a lock on its way."""
+    database.insert("waiting")
+    with (
+        database.session() as locker,
+        held_snapshot(database) as reader,
+        ThreadPoolExecutor() as pool,
+    ):
+        with locker.transaction():
+            locker.execute("lock table public.event_embeddings in access exclusive mode")
+            read = pool.submit(reader.execute, "select from public.event_embeddings")
+            wait_until(lambda: database.rows("select l.pid from pg_locks l where not l.granted"))
+            compact(service)
+        read.result()
+
+        assert reader.execute("select count(*) from listener.change").fetchone() == (1,)
 
 
 def test_few_dead_rows_are_left_to_vacuum(database: Database, service: Connection) -> None:

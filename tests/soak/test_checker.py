@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from psycopg.errors import LockNotAvailable
 
 from bench.cluster import Cluster
-from listener import queries
 from listener.embedded import Server
 from tests.harness import wait_until
 from tests.soak import checker, statements
@@ -71,17 +71,18 @@ def test_nothing_is_found_where_all_is_well(ground: Ground, conn: Connection) ->
     assert look(ground, conn) == {}
 
 
-def test_a_look_that_waits_sees_what_is_compacted_meanwhile(
+def test_a_look_holds_the_queue_before_it_takes_its_snapshot(
     ground: Ground, conn: Connection
 ) -> None:
-    """Its snapshot is no older than its hold on the queue."""
-    conn.execute(statements.INSERT, {"events": 1})
+    """Nobody empties it between the two."""
     with ground.connect("locker") as locker, ThreadPoolExecutor() as pool:
         with locker.transaction():
             locker.execute("lock table public.iot_events in access exclusive mode")
             found = pool.submit(look, ground, conn)
             wait_until(lambda: locker.execute(_WAITS_FOR_EVENTS).fetchall())
-            locker.execute(queries.COMPACT)
+            for table in (b"listener.queue", b"listener.change"):
+                with pytest.raises(LockNotAvailable), locker.transaction():
+                    locker.execute(b"lock table " + table + b" in access exclusive mode nowait")
 
         assert found.result() == {}
 
