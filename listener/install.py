@@ -194,7 +194,8 @@ def _order_notes(facts: Facts) -> list[str]:
         ]
     return [
         "iot_events.created_at is nullable or has no index, so a sweep reads the whole table; "
-        "make it not null and create index concurrently on public.iot_events (created_at)"
+        "make it not null, create index concurrently on public.iot_events (created_at), and run "
+        "`listener install` again"
     ]
 
 

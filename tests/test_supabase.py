@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from listener.catalogue import read_facts
 from listener.config import Settings
 from listener.database import Connection, connect
 from listener.embedded import Server
-from tests.harness import Database, listener, serving
+from tests.harness import Database, TinyEmbedder, listener, serving
 from tests.test_install import install_in
 
 # There the role is called postgres; here that is the server's superuser.
@@ -361,6 +362,31 @@ def test_a_signed_in_user_can_write_no_embedding(project: Database) -> None:
                 "insert into public.event_embeddings (event_id, embedding, model, content_hash) "
                 "select 2, embedding, model, content_hash from public.event_embeddings"
             )
+
+
+def test_the_readmes_search_finds_a_signed_in_user_his_own_events(project: Database) -> None:
+    """Called as its API calls a function, which may not use what is in schema listener."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    (search,) = re.findall(
+        r"^```sql\n(create or replace function public.*?)^```", readme, re.M | re.S
+    )
+    with serving(project):
+        first, second = project.insert("pump hot", "door open")
+        project.rows("update public.iot_events set device_id = 'pump-2' where id = %s", second)
+        project.wait_for_rest()
+    project.rows("grant select on public.event_embeddings to authenticated")
+
+    project.rows(search)
+
+    found = "select event_id, similarity from public.match_events(%s::extensions.vector, %s)"
+    vector = str(project.embedded()[first].tolist())
+    for device, own in (("pump-1", first), ("pump-2", second)):
+        with calling(project, "authenticated", device) as conn:
+            rows = conn.execute(found.encode(), [vector, TinyEmbedder.fingerprint]).fetchall()
+        assert [event_id for event_id, _ in rows] == [own]
+        assert (rows[0][1] == pytest.approx(1)) == (own == first)
+    with calling(project, "anon") as conn, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        conn.execute(found.encode(), [vector, TinyEmbedder.fingerprint])
 
 
 # --- the linter ----------------------------------------------------------------------------------
