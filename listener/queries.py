@@ -360,22 +360,25 @@ returning
   end as seconds_since_change
 """
 
-# Those whose claim is still ours, and whether the text is another one by now. `has_changed`: the
-# change waits or was taken already; else it was made past the triggers, or the text reads
-# differently each time.
 STILL_LEASED = """
+select q.event_id
+from listener.queue q
+where q.event_id = any(%(event_ids)s) and q.lease = %(lease)s
+"""
+
+# Those whose text is another one by now. `has_changed`: the change waits or was taken already; else
+# it was made past the triggers, or the text reads differently each time.
+OUTDATED = """
 select
   q.event_id,
-  exists (
-    select from listener.event e
-    where e.id = d.event_id and e.content_hash is distinct from d.content_hash
-  ) as is_outdated,
   q.version <> d.version
     or exists (select from listener.change c where c.event_id = q.event_id) as has_changed
 from unnest(
   %(event_ids)s, %(versions)s::integer[], %(hashes)s::bytea[]
 ) as d (event_id, version, content_hash)
 join listener.queue q on q.event_id = d.event_id and q.lease = %(lease)s
+join listener.event e on e.id = d.event_id
+where e.content_hash is distinct from d.content_hash
 """
 
 # In the order of the key, so that two workers can't deadlock.

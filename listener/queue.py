@@ -202,13 +202,13 @@ class Queue:
         versions = [event.version for event in events]
         hashes = [event.content_hash for event in events]
         given = {"event_ids": event_ids, "versions": versions, "hashes": hashes, "lease": lease}
-        rows = self._execute(queries.STILL_LEASED, **given)
-        outdated = {one: has_changed for one, is_outdated, has_changed in rows if is_outdated}
-        if changed := [one for one in outdated if outdated[one]]:
+        rows = self._execute(queries.OUTDATED, **given)
+        if changed := [event_id for event_id, has_changed in rows if has_changed]:
             self.release(lease, changed, _LATER_SECONDS)
-        if others := [one for one in outdated if not outdated[one]]:
+        if others := [event_id for event_id, has_changed in rows if not has_changed]:
             self.fail(lease, others, "its text reads differently than when it was encoded")
-        return {one for one, *_ in rows} - outdated.keys()
+        rows = self._execute(queries.STILL_LEASED, event_ids=event_ids, lease=lease)
+        return {event_id for (event_id,) in rows}
 
     def _write(self, lease: int, done: Sequence[tuple[Event, Vector]], model: str) -> list[EventId]:
         rows = self._execute_on_events(
