@@ -15,10 +15,11 @@ from listener.errors import ConnectionLost, SchemaError, StatementTimeout
 
 T = TypeVar("T")
 
-# SQLSTATEs, or classes of them, as a rule no row's fault. But an embedding_input that takes
-# what is in a column for a name (a cast to regclass, say) raises those of a missing object or right
-# for one event, and memory that lacks or a block that can't be read may be of one event only.
-_PERHAPS_OF_A_ROW = {"0A", "3F", "42", "53200", "58030"}
+# Classes of a missing object or right, as a rule no row's fault. But an embedding_input that takes
+# what is in a column for a name (a cast to regclass, say) raises them for one event.
+_PERHAPS_OF_A_ROW = {"0A", "3F", "42"}
+# Memory that lacks, or a block that can't be read, may be one event's where events are read.
+_PERHAPS_IF_READ = {"53200", "58030"}
 
 
 def in_parts(
@@ -28,6 +29,7 @@ def in_parts(
     has_session: bool,
     works_without: Callable[[], bool] | None,
     before_each: Callable[[], None],
+    reads_only: bool,
 ) -> list[Any]:
     """All that `run` returns: for all items, or by halves where it is refused or takes too long.
 
@@ -35,12 +37,17 @@ def in_parts(
     everything, `fail` takes too long as well, and that raises. Raised at once is:
     - what no single row can cause;
     - a time-out without a session of the service's own, where it may have been a wait for a lock;
-    - what may lie in the schema or the server, unless `works_without()` shows that the statement
-      works where it finds no row (None: that was seen).
+    - what may lie in the schema, or if `run` is `reads_only` in the server, unless
+      `works_without()` shows that the statement works where it finds no row (None: that was seen).
+      To write no row shows nothing of the disk.
     `before_each` is called before each try.
     """
     if not items:
         return []
+
+    def again(some: Sequence[T], works_without: Callable[[], bool] | None) -> list[Any]:
+        return in_parts(some, run, fail, has_session, works_without, before_each, reads_only)
+
     before_each()
     try:
         return run(items)
@@ -50,26 +57,24 @@ def in_parts(
         reason = str(error)
     except (SchemaError, ConnectionLost, psycopg.Error) as error:
         cause = error if isinstance(error, psycopg.Error) else error.__cause__
-        if not isinstance(cause, psycopg.Error) or not _may_be_of_a_row(cause):
+        if not isinstance(cause, psycopg.Error) or not _may_be_of_a_row(cause, reads_only):
             raise
         if works_without is not None and not is_of_a_row(cause):
             if not works_without():
                 raise
-            return in_parts(items, run, fail, has_session, None, before_each)
+            return again(items, None)
         reason = cause_of(cause)
     if len(items) == 1:
         fail(items[0], reason)
         return []
     half = len(items) // 2
-    return [
-        *in_parts(items[:half], run, fail, has_session, works_without, before_each),
-        *in_parts(items[half:], run, fail, has_session, works_without, before_each),
-    ]
+    return [*again(items[:half], works_without), *again(items[half:], works_without)]
 
 
-def _may_be_of_a_row(error: psycopg.Error) -> bool:
+def _may_be_of_a_row(error: psycopg.Error, reads_only: bool) -> bool:
     state = error.diag.sqlstate or ""
-    return is_of_a_row(error) or bool({state, state[:2]} & _PERHAPS_OF_A_ROW)
+    perhaps = _PERHAPS_OF_A_ROW | (_PERHAPS_IF_READ if reads_only else set())
+    return is_of_a_row(error) or bool({state, state[:2]} & perhaps)
 
 
 def works_without_events(conn: Connection, run: Callable[[], object]) -> bool:

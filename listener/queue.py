@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -153,14 +154,10 @@ class Queue:
 
         known = {event.event_id for event in claim.already_read}
         unread = [event_id for event_id in claim.event_ids if event_id not in known]
-        rows = self._in_parts(claim.lease, unread, read, fail)
-        if deleted := [event_id for event_id, _, is_deleted, _ in rows if is_deleted]:
+        rows = self._in_parts(claim.lease, unread, read, fail, reads_only=True)
+        if deleted := [one for one, _, is_gone, _ in rows if is_gone]:
             self._execute(queries.DISCARD, event_ids=deleted, lease=claim.lease)
-        found = [
-            Event(event_id, version, text)
-            for event_id, version, is_deleted, text in rows
-            if not is_deleted
-        ]
+        found = [Event(one, version, text) for one, version, is_gone, text in rows if not is_gone]
         return [*claim.already_read, *found]
 
     def write(
@@ -172,9 +169,6 @@ class Queue:
         those still ours are given back, due soon. A row that the database refuses fails alone.
         """
 
-        def write(done: Sequence[tuple[Event, Vector]], lease: int) -> list[EventId]:
-            return self._write(lease, done, model)
-
         def fail(done: tuple[Event, Vector], reason: str) -> None:
             self.fail(lease, [done[0].event_id], reason)
 
@@ -182,7 +176,8 @@ class Queue:
         left = list(zip(events, vectors, strict=True))
         for seconds in (0.0, *_PASSING_LOCK_SECONDS):
             time.sleep(seconds)
-            stored.update(self._in_parts(lease, left, write, fail))
+            write = partial(self._write, model=model)
+            stored.update(self._in_parts(lease, left, write, fail, reads_only=False))
             if len(stored) == len(events):
                 return stored
             ours = self._settle_unstored(lease, [e for e, _ in left])
@@ -210,7 +205,7 @@ class Queue:
         rows = self._execute(queries.STILL_LEASED, event_ids=event_ids, lease=lease)
         return {event_id for (event_id,) in rows}
 
-    def _write(self, lease: int, done: Sequence[tuple[Event, Vector]], model: str) -> list[EventId]:
+    def _write(self, done: Sequence[tuple[Event, Vector]], lease: int, model: str) -> list[EventId]:
         rows = self._execute_on_events(
             queries.WRITE,
             event_ids=[event.event_id for event, _ in done],
@@ -274,6 +269,7 @@ class Queue:
         items: Sequence[Any],
         run: Callable[[Sequence[Any], int], list[Any]],
         fail: Callable[[Any, str], None],
+        reads_only: bool,
     ) -> list[Any]:
         return in_parts(
             items,
@@ -282,6 +278,7 @@ class Queue:
             self.has_session,
             lambda: works_without_events(self._conn, lambda: run(items, _NOBODYS_LEASE)),
             self.extend_leases,
+            reads_only,
         )
 
     def _execute_on_events(self, statement: str, **parameters: Any) -> list[Any]:

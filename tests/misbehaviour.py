@@ -58,6 +58,11 @@ def limit_statements(monkeypatch: pytest.MonkeyPatch, limit: str, instead: str =
     monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
 
 
+def refuse_writes(database: Database) -> None:
+    """As a disk that takes no vector."""
+    _do_before_writes(database, "raise io_error")
+
+
 def slow_down_writes(database: Database, seconds: float) -> None:
     """What each vector then takes, as into a large index on a slow disk."""
     _do_before_writes(database, f"perform pg_sleep({seconds})")

@@ -29,6 +29,7 @@ from tests.misbehaviour import (
     SLOW,
     change_sweep,
     limit_statements,
+    refuse_writes,
     replace_input,
     replace_input_in_sql,
     slow_down_writes,
@@ -118,6 +119,19 @@ def test_a_right_that_is_missing_is_no_events_fault(database: Database, queue: Q
     database.rows("revoke insert on listener.embedding from listener_worker")
 
     with pytest.raises(SchemaError, match="a right is missing"):
+        store(queue, claim, events)
+
+    assert {row[3:] for row in database.queue()} == {(1, True, False, None)}
+
+
+def test_a_disk_that_takes_no_vector_is_no_events_fault(database: Database, queue: Queue) -> None:
+    """Though to write nothing works; the same error where events are read may be one event's."""
+    database.insert("a", "b")
+    claim = claimed(queue)
+    events = queue.read(claim)
+    refuse_writes(database)
+
+    with pytest.raises(ConnectionLost, match="IoError"):
         store(queue, claim, events)
 
     assert {row[3:] for row in database.queue()} == {(1, True, False, None)}
