@@ -172,11 +172,11 @@ class Queue:
         def fail(done: tuple[Event, Vector], reason: str) -> None:
             self.fail(lease, [done[0].event_id], reason)
 
+        write = partial(self._write, model=model)
         stored: set[EventId] = set()
         left = list(zip(events, vectors, strict=True))
         for seconds in (0.0, *_PASSING_LOCK_SECONDS):
             time.sleep(seconds)
-            write = partial(self._write, model=model)
             stored.update(self._in_parts(lease, left, write, fail, reads_only=False))
             if len(stored) == len(events):
                 return stored

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psycopg
 from numpy.typing import NDArray
 
 from listener import install, passes, queries
@@ -81,6 +82,12 @@ def wait_until(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) 
         time.sleep(min(max(0.005, ended - began), 0.5))
         began = time.monotonic()
     return value
+
+
+def is_waited_for(conn: psycopg.Connection[Any], table: str) -> bool:
+    """Whether a session waits for a lock on this table."""
+    waiting = "select 1 from pg_locks l where l.relation = %s::regclass and not l.granted"
+    return conn.execute(waiting, [table]).fetchone() is not None
 
 
 def vector_of(text: str) -> NDArray[np.float32]:

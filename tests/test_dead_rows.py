@@ -14,7 +14,7 @@ from listener import queries
 from listener.database import Connection
 from listener.queue import Queue
 from listener.worker import beat
-from tests.harness import Database, claimed, serving, store, unread, wait_until
+from tests.harness import Database, claimed, is_waited_for, serving, store, unread, wait_until
 
 _TABLES = ("listener.queue", "listener.change")
 # More than the beat lets pass.
@@ -40,10 +40,6 @@ def held_snapshot(database: Database) -> Iterator[Connection]:
         conn.rollback()
 
 
-_WAITS_FOR_EMBEDDINGS = """
-select l.pid from pg_locks l
-where l.relation = 'public.event_embeddings'::regclass and not l.granted
-"""
 _DEAD_CHANGES = "select pg_stat_get_dead_tuples('listener.change'::regclass)"
 _CHANGE_FILE = "select pg_relation_filenode('listener.change')"
 
@@ -190,7 +186,7 @@ def test_nothing_is_emptied_while_a_reader_waits_that_may_have_its_snapshot(
         with locker.transaction():
             locker.execute("lock table public.event_embeddings in access exclusive mode")
             read = pool.submit(reader.execute, "select from public.event_embeddings")
-            wait_until(lambda: database.rows(_WAITS_FOR_EMBEDDINGS))
+            wait_until(lambda: is_waited_for(locker, "public.event_embeddings"))
             compact(service)
         read.result()
 

@@ -12,7 +12,7 @@ from psycopg.errors import LockNotAvailable
 
 from bench.cluster import Cluster
 from listener.embedded import Server
-from tests.harness import wait_until
+from tests.harness import is_waited_for, wait_until
 from tests.soak import checker, statements
 from tests.soak.checker import Checker
 from tests.soak.ground import Connection, Ground, installed
@@ -23,9 +23,6 @@ select e.id, %(vector)s::vector, %(model)s,
   sha256(convert_to(coalesce(listener.embedding_input(e.*), ''), 'UTF8'))
 from public.iot_events e where strpos(e.message, 'poison') = 0
 on conflict (event_id) do update set content_hash = excluded.content_hash
-"""
-_WAITS_FOR_EVENTS = b"""
-select from pg_locks l where l.relation = 'public.iot_events'::regclass and not l.granted
 """
 _VECTOR = str([*np.eye(384)[0].tolist()])
 
@@ -79,7 +76,7 @@ def test_a_look_holds_the_queue_before_it_takes_its_snapshot(
         with locker.transaction():
             locker.execute("lock table public.iot_events in access exclusive mode")
             found = pool.submit(look, ground, conn)
-            wait_until(lambda: locker.execute(_WAITS_FOR_EVENTS).fetchall())
+            wait_until(lambda: is_waited_for(locker, "public.iot_events"))
             for table in (b"listener.queue", b"listener.change"):
                 with pytest.raises(LockNotAvailable), locker.transaction():
                     locker.execute(b"lock table " + table + b" in access exclusive mode nowait")
