@@ -86,7 +86,7 @@ def works_without_events(conn: Connection, run: Callable[[], object]) -> bool:
     if conn.info.transaction_status != TransactionStatus.IDLE:
         return False
     with translated():
-        # PostgreSQL 18 keeps the plan of an SQL function though a column has another type by now.
+        # A session keeps the plan of a function though a column has another type by now.
         conn.execute(queries.FORGET_PLANS)
     require_input(conn)
     run()

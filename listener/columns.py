@@ -63,4 +63,5 @@ def expression(columns: Sequence[str]) -> str:
 def is_replaced(facts: Facts, columns: Sequence[str]) -> bool:
     """Whether embedding_input is another one than an install makes for these columns."""
     # One with a body in the SQL standard's form has an empty source.
-    return (facts.input_source or "").strip() != f"select {expression(columns)}"
+    made = f"begin\n  return {expression(columns)};\nend"
+    return (facts.input_source or "").strip() != made

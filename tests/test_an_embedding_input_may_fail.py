@@ -138,7 +138,7 @@ def test_a_disk_that_takes_no_vector_is_no_events_fault(database: Database, queu
 
 
 def test_a_column_that_gets_another_type_fails_no_event(database: Database) -> None:
-    """PostgreSQL 18 would go on with the plan of embedding_input that a session has."""
+    """A session would go on with the plan of embedding_input that it has."""
     failed = counters.failed_attempts
     with serving(database):
         database.insert("before")
