@@ -13,6 +13,7 @@ from listener.queue import Queue
 from listener.status import count_pending_since
 
 _PAGE = 2_000
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,24 +60,22 @@ def follow(
     moment: float,
     progress: Callable[[int, float], None],
     is_over: Callable[[], bool],
-    seconds: float,
 ) -> None:
     """Report what is left and the rate in events a second until nothing is, or `is_over`.
 
     Of what waited at `moment`, by the database's clock: where devices never rest, something always
     does.
     """
-    asked = time.monotonic()
-    left = first = count_pending_since(conn, moment)
     began = time.monotonic()
-    took = began - asked
+    left = first = count_pending_since(conn, moment)
+    took = time.monotonic() - began
     if left:
         progress(left, 0.0)
     while left and not is_over():
         # Of the database's time no more than a quarter goes into being looked at.
-        again = time.monotonic() + max(seconds, 3 * took)
+        again = time.monotonic() + max(_LOOK_SECONDS, 3 * took)
         while time.monotonic() < again and not is_over():
-            time.sleep(seconds)
+            time.sleep(_LOOK_SECONDS)
         looked = time.monotonic()
         left = count_pending_since(conn, moment)
         took = time.monotonic() - looked

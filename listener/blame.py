@@ -27,7 +27,7 @@ def in_parts(
     run: Callable[[Sequence[T]], list[Any]],
     fail: Callable[[T, str], None],
     has_session: bool,
-    works_without: Callable[[], bool] | None,
+    works_without: Callable[[], bool],
     before_each: Callable[[], None],
     reads_only: bool,
 ) -> list[Any]:
@@ -38,37 +38,35 @@ def in_parts(
     - what no single row can cause;
     - a time-out without a session of the service's own, where it may have been a wait for a lock;
     - what may lie in the schema, or if `run` is `reads_only` in the server, unless
-      `works_without()` shows that the statement works where it finds no row (None: that was seen).
-      To write no row shows nothing of the disk.
+      `works_without()` shows that the statement works where it finds no row. To write no row shows
+      nothing of the disk.
     `before_each` is called before each try.
     """
-    if not items:
-        return []
 
-    def again(some: Sequence[T], works_without: Callable[[], bool] | None) -> list[Any]:
-        return in_parts(some, run, fail, has_session, works_without, before_each, reads_only)
-
-    before_each()
-    try:
-        return run(items)
-    except StatementTimeout as error:
-        if not has_session:
-            raise
-        reason = str(error)
-    except (SchemaError, ConnectionLost, psycopg.Error) as error:
-        cause = error if isinstance(error, psycopg.Error) else error.__cause__
-        if not isinstance(cause, psycopg.Error) or not _may_be_of_a_row(cause, reads_only):
-            raise
-        if works_without is not None and not is_of_a_row(cause):
-            if not works_without():
+    def attempt(some: Sequence[T], is_known_to_work: bool) -> list[Any]:
+        before_each()
+        try:
+            return run(some)
+        except StatementTimeout as error:
+            if not has_session:
                 raise
-            return again(items, None)
-        reason = cause_of(cause)
-    if len(items) == 1:
-        fail(items[0], reason)
-        return []
-    half = len(items) // 2
-    return [*again(items[:half], works_without), *again(items[half:], works_without)]
+            reason = str(error)
+        except (SchemaError, ConnectionLost, psycopg.Error) as error:
+            cause = error if isinstance(error, psycopg.Error) else error.__cause__
+            if not isinstance(cause, psycopg.Error) or not _may_be_of_a_row(cause, reads_only):
+                raise
+            if not is_known_to_work and not is_of_a_row(cause):
+                if not works_without():
+                    raise
+                return attempt(some, True)
+            reason = cause_of(cause)
+        if len(some) == 1:
+            fail(some[0], reason)
+            return []
+        half = len(some) // 2
+        return [*attempt(some[:half], is_known_to_work), *attempt(some[half:], is_known_to_work)]
+
+    return attempt(items, False) if items else []
 
 
 def _may_be_of_a_row(error: psycopg.Error, reads_only: bool) -> bool:

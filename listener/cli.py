@@ -15,8 +15,6 @@ from listener.config import is_utf8
 from listener.console import say
 from listener.errors import ConfigError, ListenerError
 
-# For each session of ours, whatever shell, role or database say; the driver reads no other.
-_DATES = {"PGDATESTYLE": "ISO"}
 # In a connection string that was given as an argument, which a usage error quotes.
 _PASSWORD = re.compile(r"(?<=://)([^/?@\s:]*:)\S+(?=@)|(password\s*=\s*)(?:'(?:[^'\\]|\\.)*'|\S+)")
 
@@ -49,7 +47,8 @@ def main() -> None:
     # Nothing here goes to the network for a model, but `model fetch`.
     if sys.argv[1:3] != ["model", "fetch"]:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.update(_DATES)
+    # For each session of ours, whatever shell, role or database say; the driver reads no other.
+    os.environ["PGDATESTYLE"] = "ISO"
     # What a device wrote may not exist in the terminal's encoding.
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

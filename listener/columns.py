@@ -11,8 +11,6 @@ from listener.errors import SchemaError
 
 # Numbers or bytes that say nothing to a model of language.
 _UNREADABLE = {"bytea", "tsvector", "vector", "halfvec", "sparsevec", "geometry", "geography"}
-# That a function takes, the separator of concat_ws among them.
-_MOST_ARGUMENTS = 100
 
 
 def choose_columns(facts: Facts, wanted: Sequence[str] | None) -> tuple[str, ...]:
@@ -55,9 +53,8 @@ def expression(columns: Sequence[str]) -> str:
         for name, part in parts.items()
     ]
     listed = ",\n    ".join(lines)
-    if len(lines) >= _MOST_ARGUMENTS:
-        return f"pg_catalog.array_to_string(array[\n    {listed}\n  ], E'\\n')"
-    return f"pg_catalog.concat_ws(\n    E'\\n',\n    {listed}\n  )"
+    # Not concat_ws: a function takes no more than 100 arguments.
+    return f"pg_catalog.array_to_string(array[\n    {listed}\n  ], E'\\n')"
 
 
 def is_replaced(facts: Facts, columns: Sequence[str]) -> bool:

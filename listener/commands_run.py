@@ -211,7 +211,7 @@ def _follow(conn: Connection, is_over: Callable[[], bool]) -> None:
     from listener.live import progress
 
     with progress() as tell:
-        follow(conn, read_clock(conn), tell, is_over, seconds=1.0)
+        follow(conn, read_clock(conn), tell, is_over)
 
 
 @click.command("retry", cls=Command, settings=(*DATABASE, "reports_dir"))

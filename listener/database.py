@@ -55,10 +55,6 @@ _LIVELINESS = {
 }
 
 
-# In another encoding, such as one of a connection string, a text is an error or another text.
-_FIXED = {"client_encoding": "UTF8"}
-
-
 class Connection(psycopg.Connection[Any]):
     """A connection that need not wait for an answer for ever."""
 
@@ -93,8 +89,13 @@ def connect(
     As the service's, or with `answer_seconds`, it answers within so many seconds or is lost. Raises
     ConnectionLost if no connection comes about, ConfigError if none ever can.
     """
-    parameters = {**_LIVELINESS, **settings.connection_parameters(), **_FIXED}
-    parameters["application_name"] = name
+    parameters = {
+        **_LIVELINESS,
+        **settings.connection_parameters(),
+        "application_name": name,
+        # In another, such as one of a connection string, a text is an error or another text.
+        "client_encoding": "UTF8",
+    }
     try:
         conn = Connection.connect(**parameters, autocommit=True)
     except psycopg.OperationalError as error:

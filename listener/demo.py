@@ -114,10 +114,7 @@ def _packaged_model() -> Path:
 
 def _prepare(conn: Connection) -> None:
     conn.execute(sql_text("demo.sql").encode())
-    facts = read_facts(conn)
-    plan = install.plan_install(conn, facts, None)
-    if plan.steps:
-        install.apply_plan(conn, plan)
+    install.apply_plan(conn, install.plan_install(conn, read_facts(conn), None))
 
 
 def _serve_and_feed(

@@ -29,7 +29,7 @@ class Embedder(Protocol):
     overhead_tokens: int
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Shape (len(texts), 384), rows of unit length, in the order of the texts.
+        """Shape (len(texts), 384), rows of unit length, in the order of the texts, at least one.
 
         One pass of the model: each text costs as much as the longest, and all need memory at once.
         Adds those that are longer than the model reads to `counters.texts_truncated`. Raises

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from listener import passes
-from listener.config import DIMENSION, Settings
+from listener.config import Settings
 from listener.counters import counters
 from listener.errors import ConfigError
 from listener.helper_threads import HelperThreads
@@ -59,7 +59,7 @@ def load_openvino() -> Any:
 
 def is_installed() -> bool:
     """Whether openvino could be imported; does not import it."""
-    return "openvino" in sys.modules or find_spec("openvino") is not None
+    return find_spec("openvino") is not None
 
 
 def converted_directory(files: ModelFiles, settings: Settings) -> Path:
@@ -138,8 +138,6 @@ class OpenVinoEmbedder:
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Shape (len(texts), 384), rows of unit length, in the order of the texts."""
-        if not texts:
-            return np.zeros((0, DIMENSION), np.float32)
         self._helpers.place_for(texts)
         return self._compute(texts)
 

@@ -14,7 +14,6 @@ from sentence_transformers.util import batch_to_device
 from transformers.utils import logging as transformers_logging
 
 from listener import passes
-from listener.config import DIMENSION
 from listener.counters import counters
 from listener.errors import ConfigError, EncoderLost
 from listener.helper_threads import HelperThreads, is_short_alone
@@ -78,8 +77,6 @@ class SentenceTransformersEmbedder:
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Shape (len(texts), 384), rows of unit length, in the order of the texts."""
-        if not texts:
-            return np.zeros((0, DIMENSION), np.float32)
         if self._helpers:
             # On a core that is busy with something else a helper would hold up a text for half a
             # second.

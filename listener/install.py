@@ -84,12 +84,7 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
         rows = conn.execute(_APPLIED).fetchall() if facts.installed else []
     applied = {file: digest for file, digest, _ in rows}
     earlier = next((kept for file, _, kept in rows if file == _INPUT_FILE), None)
-    has_input = facts.input_source is not None
-    if columns is None and earlier and has_input and is_replaced(facts, earlier):
-        # The function was replaced: these are kept for the record, and some may be gone.
-        chosen = tuple(earlier)
-    else:
-        chosen = choose_columns(facts, columns or earlier)
+    chosen = _choose(facts, columns, earlier)
     values = placeholders(facts, chosen)
     steps = []
     if facts.vector_schema is None:
@@ -112,6 +107,16 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
     opening = _OPENING % (_LOCK_EVENTS if locks else "")
     notes = _input_notes(facts, chosen, columns is not None) + _role_notes(facts)
     return Plan(tuple(steps), tuple(notes + _order_notes(facts)), opening)
+
+
+def _choose(
+    facts: Facts, columns: Sequence[str] | None, earlier: Sequence[str] | None
+) -> tuple[str, ...]:
+    has_input = facts.input_source is not None
+    if columns is None and earlier and has_input and is_replaced(facts, earlier):
+        # The function was replaced: these are kept for the record, and some may be gone.
+        return tuple(earlier)
+    return choose_columns(facts, columns or earlier)
 
 
 def _is_whole(facts: Facts) -> bool:

@@ -58,7 +58,7 @@ class _Process(Collector):
     """What this process has done, and how it is."""
 
     def collect(self) -> Iterator[Metric]:
-        yield _gauge(
+        yield GaugeMetricFamily(
             "listener_ready",
             "1 while the model is loaded, the database connected and LISTEN live, and it gets on.",
             health.is_ready,
@@ -105,7 +105,7 @@ class _Database(Collector):
 
     def collect(self) -> Iterator[Metric]:
         row = self._gauges.latest(_PATIENCE_SECONDS)
-        yield _gauge(
+        yield GaugeMetricFamily(
             "listener_database_up",
             "1 if the database answered this scrape; if not, what follows is missing.",
             row is not None,
@@ -124,12 +124,14 @@ class _Database(Collector):
             row["oldest_live_seconds"],
             row["oldest_backfill_seconds"],
         )
-        yield _gauge("listener_parked_events", "Events that failed for good.", row["parked"])
-        yield _gauge("listener_workers", "Workers whose session lives.", row["workers"])
+        yield GaugeMetricFamily(
+            "listener_parked_events", "Events that failed for good.", row["parked"]
+        )
+        yield GaugeMetricFamily("listener_workers", "Workers whose session lives.", row["workers"])
         covered = self._coverage.latest(0) if health.serves else None
         if covered is not None:
             share = covered["current"] / covered["events"] if covered["events"] else 1.0
-            yield _gauge(
+            yield GaugeMetricFamily(
                 "listener_coverage_ratio",
                 "Share of the last BACKFILL_LAST_N events that have a current vector.",
                 share,
@@ -189,10 +191,6 @@ class _Reading:
             self._row = None
             log(logging.WARNING, "metrics_incomplete", cause=cause_of(error))
         self._next = time.monotonic() + self._seconds
-
-
-def _gauge(name: str, meaning: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, meaning, value)
 
 
 def _by_lane(name: str, meaning: str, live: float, backfill: float) -> Metric:

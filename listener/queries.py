@@ -237,10 +237,11 @@ with live as materialized (
   select
     d.event_id,
     row_number() over (order by d.lane, d.due_at) as place,
-    case when d.lease is null then 0 else d.attempts end as deaths
+    case when d.lease is null then 0 else d.attempts end as deaths,
+    d.attempts >= %(most_deaths)s as is_spent
   from (select * from live union all select * from backfill) d
 ), taken as (
-  select d.event_id, d.deaths > 0 as was_leased
+  select d.event_id, d.deaths > 0 as was_leased, d.is_spent
   from due d
   where d.deaths = (select first.deaths from due first where first.place = 1)
     and d.place <= case d.deaths
@@ -253,15 +254,15 @@ with live as materialized (
 )
 update listener.queue q
 set
-  lease = case when q.attempts >= %(most_deaths)s then null else k.lease end,
-  worker = case when q.attempts >= %(most_deaths)s then null else %(worker)s::bigint end,
+  lease = case when not t.is_spent then k.lease end,
+  worker = case when not t.is_spent then %(worker)s::bigint end,
   attempts = least(q.attempts + 1, %(most_deaths)s),
   due_at = case
-    when q.attempts >= %(most_deaths)s then 'infinity'
+    when t.is_spent then 'infinity'
     else now() + %(lease_seconds)s * interval '1 second'
   end,
   error = case
-    when q.attempts >= %(most_deaths)s
+    when t.is_spent
     then coalesce(q.error, 'its worker died or lost its lease on every attempt')
     else q.error
   end

@@ -178,10 +178,9 @@ class Queue:
         for seconds in (0.0, *_PASSING_LOCK_SECONDS):
             time.sleep(seconds)
             stored.update(self._in_parts(lease, left, write, fail, reads_only=False))
-            if len(stored) == len(events):
-                return stored
-            ours = self._settle_unstored(lease, [e for e, _ in left])
-            left = [pair for pair in left if pair[0].event_id in ours - stored]
+            if left := [pair for pair in left if pair[0].event_id not in stored]:
+                ours = self._settle_unstored(lease, [event for event, _ in left])
+                left = [pair for pair in left if pair[0].event_id in ours]
             if not left:
                 return stored
         self.release(lease, [event.event_id for event, _ in left], _LATER_SECONDS)

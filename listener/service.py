@@ -286,4 +286,4 @@ class _Session:
         health.progressed()
         if notify_systemd.is_there() and time.monotonic() >= self._next_status:
             self._next_status = time.monotonic() + _STATUS_SECONDS
-            notify_systemd.status(str(read_backlog(self._work)))
+            notify_systemd.status(read_backlog(self._work))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,19 +15,6 @@ from listener.errors import ConfigError
 _PARKED_SHOWN = 20
 # Of each table no more rows than this are counted.
 _COUNTED = 10_000
-
-
-@dataclass(frozen=True)
-class Backlog:
-    """How many events wait, and for how long the oldest has; both at least, if `is_more`."""
-
-    events: int
-    oldest_seconds: float
-    is_more: bool
-
-    def __str__(self) -> str:
-        least = "over " if self.is_more else ""
-        return f"backlog {least}{self.events} events, lag {least}{self.oldest_seconds:.1f} s"
 
 
 def read_status(conn: Connection, settings: Settings) -> dict[str, Any]:
@@ -45,12 +31,14 @@ def read_status(conn: Connection, settings: Settings) -> dict[str, Any]:
     return status
 
 
-def read_backlog(conn: Connection) -> Backlog:
-    """For the service, at a cost that doesn't grow with the backlog."""
+def read_backlog(conn: Connection) -> str:
+    """How many events wait, and for how long the oldest has; at a cost that doesn't grow."""
     with translated():
         row = conn.execute(queries.BACKLOG, {"limit": _COUNTED}).fetchone()
     assert row is not None  # noqa: S101  an aggregate has one row
-    return Backlog(*row)
+    events, oldest_seconds, is_more = row
+    least = "over " if is_more else ""
+    return f"backlog {least}{events} events, lag {least}{oldest_seconds:.1f} s"
 
 
 def count_pending(conn: Connection) -> int:

@@ -54,7 +54,7 @@ class Sweep:
         short. One that fails, takes too long or loses the connection is tried again by halves, and
         one event alone is queued blindly: the worker finds out what it has to do with it.
         """
-        if self._current.left <= 0 or self.seconds_left() > 0:
+        if self.seconds_left() > 0:
             return False
         queued, events = 0, min(self._current.page_events, self._current.left)
         try:
@@ -92,7 +92,7 @@ class Sweep:
         current.start = page.next_from
         current.left -= page.scanned
         if page.queued:
-            log(logging.INFO, "backfill_queued", scanned=page.scanned, queued=page.queued)
+            log(logging.INFO, "sweep_queued", scanned=page.scanned, queued=page.queued)
         if page.next_from is None or current.left <= 0:
             self._schedule()
         return page.queued

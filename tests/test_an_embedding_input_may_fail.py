@@ -334,7 +334,7 @@ def test_a_sweep_of_slow_events_takes_smaller_pages(
         wait_until(lambda: content_hash(database, ids[0]) == last)
         assert database.value("select last_value from listener.worker_token") == 2
 
-    pages = [r.__dict__["fields"]["scanned"] for r in caplog.records if r.msg == "backfill_queued"]
+    pages = [r.__dict__["fields"]["scanned"] for r in caplog.records if r.msg == "sweep_queued"]
     assert sum(pages) == len(ids)
     # A quarter of a second at 20 ms each.
     assert max(pages[1:]) <= 13
@@ -354,7 +354,7 @@ def test_a_sweep_whose_pages_take_as_long_whatever_their_size_takes_large_ones(
     with serving(database):
         wait_until(lambda: len(database.embedded()) == 64 * 5)
 
-    pages = [r.__dict__["fields"]["scanned"] for r in caplog.records if r.msg == "backfill_queued"]
+    pages = [r.__dict__["fields"]["scanned"] for r in caplog.records if r.msg == "sweep_queued"]
     assert len(pages) <= 12
     assert pages.count(64) >= 2
 

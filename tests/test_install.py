@@ -763,4 +763,7 @@ def test_the_command_reports_and_a_dry_run_only_prints(
 
         (report,) = settings.reports_dir.glob("*_uninstall.md")
         undo = report.read_text().partition("## Undo")[2]
-        assert 'embedding_input was:\n\n```\nbegin\n  return event."message"::pg_catalog.text;\nend\n```' in undo
+        assert (
+            "embedding_input was:\n\n"
+            '```\nbegin\n  return event."message"::pg_catalog.text;\nend\n```'
+        ) in undo

@@ -182,7 +182,7 @@ def test_an_event_that_is_parked_is_no_backlog(database: Database) -> None:
     """Nobody works on it, and its lag would grow for ever."""
     database.park(*database.insert("a"))
 
-    assert str(read_backlog(database.conn)) == "backlog 0 events, lag 0.0 s"
+    assert read_backlog(database.conn) == "backlog 0 events, lag 0.0 s"
 
 
 def test_a_large_backlog_is_not_counted_to_its_end(
@@ -194,7 +194,7 @@ def test_a_large_backlog_is_not_counted_to_its_end(
     monkeypatch.setattr(status, "_COUNTED", 10)
     database.insert(*map(str, range(11)))
 
-    assert str(status.read_backlog(database.conn)).startswith("backlog over 10 events, lag over ")
+    assert status.read_backlog(database.conn).startswith("backlog over 10 events, lag over ")
 
 
 def test_the_watchdog_is_fed_at_a_fifth_of_its_time(systemd: Systemd) -> None:

@@ -96,7 +96,7 @@ if __name__ == "__main__":
         _end_at(os.environ["DIE_AT"], _die)
     if "DIE_AT_LOSS" in os.environ:
         # As one that the kernel kills while it receives too much: the server then commits nothing.
-        setattr(Service, "_suspect", lambda *_: _die())  # noqa: B010  mypy: no such method
+        setattr(Service, "_suspect", lambda *_: _die())  # noqa: B010  mypy: a method is not assigned to
     if "HANG_AT" in os.environ:
         # Longer than the beat of an idle loop.
         health.STALLED_SECONDS = 4.0
