@@ -15,6 +15,7 @@ from listener.queue import Queue
 from listener.sweep import Sweep
 from tests.harness import (
     Database,
+    RunningService,
     TinyEmbedder,
     claimed,
     is_asleep,
@@ -150,6 +151,25 @@ def test_a_column_that_gets_another_type_fails_no_event(database: Database) -> N
 
         assert counters.failed_attempts == failed
         assert database.value("select last_value from listener.worker_token") == 1
+
+
+def test_a_column_that_is_dropped_ends_a_service_that_runs(database: Database) -> None:
+    """Its sessions have evaluated embedding_input, and don't go on with what they know of it."""
+
+    def drop_a_column(service: RunningService) -> None:
+        database.insert("before")
+        wait_until(lambda: len(database.embedded()) == 1)
+        database.rows("alter table public.iot_events drop severity")
+        database.rows(
+            "insert into public.iot_events (device_id, event_type, message) values ('p', 't', 'm')"
+        )
+        service.thread.join(20)
+
+    with pytest.raises(SchemaError, match="can't be evaluated"), serving(database) as service:
+        drop_a_column(service)
+
+    assert database.value("select count(*) from public.event_embeddings") == 1
+    assert database.value("select parked from listener.status") == 0
 
 
 def test_an_event_that_it_takes_too_long_on_is_parked_and_its_mates_are_stored(
