@@ -15,9 +15,10 @@ from listener.errors import ConnectionLost, SchemaError, StatementTimeout
 
 T = TypeVar("T")
 
-# Classes of a missing object or right, as a rule no row's fault. But an embedding_input that takes
-# what is in a column for a name (a cast to regclass, say) raises them for one event.
-_PERHAPS_OF_A_ROW = {"0A", "3F", "42"}
+# Classes of a missing object or right, and of the server's own surprise, as a rule no row's fault.
+# But an embedding_input that takes what is in a column for a name (a cast to regclass, say) raises
+# the former for one event, a damaged row the latter.
+_PERHAPS_OF_A_ROW = {"0A", "3F", "42", "XX"}
 # Memory that lacks, or a block that can't be read, may be one event's where events are read.
 _PERHAPS_IF_READ = {"53200", "58030"}
 
@@ -83,9 +84,6 @@ def works_without_events(conn: Connection, run: Callable[[], object]) -> bool:
     """
     if conn.info.transaction_status != TransactionStatus.IDLE:
         return False
-    with translated():
-        # A session keeps the plan of a function though a column has another type by now.
-        conn.execute(queries.FORGET_PLANS)
     require_input(conn)
     run()
     return True
@@ -98,6 +96,8 @@ def require_input(conn: Connection) -> None:
     """
     try:
         with translated():
+            # A session keeps the plan of a function though a column has another type by now.
+            conn.execute(queries.FORGET_PLANS)
             conn.execute(queries.TRY_INPUT)
     except SchemaError as error:
         cause = error.__cause__

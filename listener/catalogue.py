@@ -16,7 +16,8 @@ from listener.database import Connection, translated
 _COLUMNS = """
 select
   a.attname as name,
-  format_type(a.atttypid, null) as type,
+  -- Under quote_all_identifiers even the name of a built-in type has quotes.
+  replace(format_type(a.atttypid, null), '"', '') as type,
   exists (
     select from pg_catalog.pg_constraint c
     where c.conrelid = a.attrelid and c.contype = 'p' and a.attnum = any(c.conkey)
@@ -127,7 +128,7 @@ select
      where w.rolname = 'listener_worker'),
     false
   ) as worker_role_has_rights,
-  (select format_type(a.atttypid, a.atttypmod)
+  (select replace(format_type(a.atttypid, a.atttypmod), '"', '')
    from pg_catalog.pg_attribute a
    where a.attrelid = m.oid
      and a.attname = 'embedding'
@@ -151,7 +152,7 @@ select
       and c.confdeltype = 'c'
   ) as embeddings_go_with_events,
   array(
-    select distinct format_type(a.atttypid, null)
+    select distinct replace(format_type(a.atttypid, null), '"', '')
     from pg_catalog.pg_attribute a
     where a.attrelid in (
         m.oid,

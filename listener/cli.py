@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 from io import StringIO, TextIOWrapper
+from pathlib import Path
 
 import click
 
@@ -14,9 +14,6 @@ from listener import __version__, commands_install, commands_read, commands_run
 from listener.config import is_utf8
 from listener.console import say
 from listener.errors import ConfigError, ListenerError
-
-# In a connection string that was given as an argument, which a usage error quotes.
-_PASSWORD = re.compile(r"(?<=://)([^/?@\s:]*:)\S+(?=@)|(password\s*=\s*)(?:'(?:[^'\\]|\\.)*'|\S+)")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -49,6 +46,9 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # For each session of ours, whatever shell, role or database say; the driver reads no other.
     os.environ["PGDATESTYLE"] = "ISO"
+    if sys.stderr is None:
+        # It was closed; else the next file or socket would take its place.
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  as long as we live
     # What a device wrote may not exist in the terminal's encoding.
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -63,7 +63,7 @@ def _run() -> int:
     except click.ClickException as error:
         shown = StringIO()
         error.show(shown)
-        say(_PASSWORD.sub(r"\1\2***", shown.getvalue().rstrip()))
+        say(shown.getvalue().rstrip())
         return 2
     except (click.Abort, KeyboardInterrupt):
         return 130

@@ -28,7 +28,9 @@ from listener.report import Report, facts_lines, require_reports_dir, write_repo
 def install_command(columns: str | None, dry_run: bool) -> None:
     """Create the queue, event_embeddings and the triggers; all or nothing, harmless twice."""
     settings = load_settings()
-    wanted = [name.strip() for name in columns.split(",")] if columns else None
+    wanted = None if columns is None else [name.strip() for name in columns.split(",")]
+    if wanted and not all(wanted):
+        raise click.UsageError("--columns takes names with commas between them")
     with connect(settings, "listener-install") as conn:
         before = read_facts(conn)
         require_installable(before)

@@ -165,6 +165,8 @@ def _print_hits(hits: Sequence[Hit]) -> None:
 @click.option("--limit", type=click.IntRange(1, 10_000), default=10, show_default=True)
 def search_command(text: str, limit: int) -> None:
     """The events nearest in meaning to a text."""
+    if not text.strip():
+        raise click.UsageError("give a text to search for")
     settings = load_settings()
     with connect(settings, "listener-search") as conn, closing(load_encoder(settings)) as encoder:
         hits = nearest(conn, encoder.encode_one(text), encoder.fingerprint, limit)

@@ -199,7 +199,10 @@ def _load(path: Path) -> None:
         return
     text = path.read_text("utf-8-sig")
     # python-dotenv would skip the line with a warning, and it may be the one of DATABASE_URL.
-    if wrong := [one.original.line for one in parse_stream(StringIO(text)) if one.error]:
+    lines = list(parse_stream(StringIO(text)))
+    if wrong := [
+        one.original.line for one in lines if one.error or (one.key and one.value is None)
+    ]:
         raise ConfigError(
             f".env in the current directory can't be read (line {wrong[0]} is no NAME=value); most "
             "often a quote is not closed"

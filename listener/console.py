@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import fields
@@ -41,6 +42,8 @@ SERVICE = (
     "log_format",
     "log_level",
 )
+# In a connection string that was given as an argument, or in the place of another setting.
+_PASSWORD = re.compile(r"(?<=://)([^/?@\s:]*:).+(?=@)|(password\s*=\s*)(?:'(?:[^'\\]|\\.)*'|\S+)")
 # All but new line and tab.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
@@ -67,7 +70,8 @@ def say(text: str) -> None:
         secrets = load_settings().secrets()
     except ConfigError:
         secrets = {os.environ.get("DATABASE_URL", ""), os.environ.get("PGPASSWORD", "")} - {""}
-    click.echo(printable(redact(text, secrets)), err=True)
+    shown = _PASSWORD.sub(r"\1\2***", redact(text, secrets))
+    click.echo(printable(shown), err=True)
 
 
 def printable(text: str) -> str:

@@ -42,7 +42,7 @@ _ANSWER_SECONDS = 10.0
 # codes are free. Of some, `blame` finds out whether it was one.
 _NOT_OF_A_ROW = {
     *("08", "0A", "25", "26", "28", "34", "3D", "3F", "40", "42"),
-    *("53", "55006", "55P02", "55P03", "55P04", "57", "58", "72", "F0", "HV"),
+    *("53", "55006", "55P02", "55P03", "55P04", "57", "58", "72", "F0", "HV", "XX"),
 }
 
 # A dead peer is noticed after idle + interval * count = 19 s; with data on the way, after 10.
@@ -156,6 +156,9 @@ def translated() -> Iterator[None]:
         errors.UndefinedFunction,
         errors.UndefinedColumn,
         errors.InvalidSchemaName,
+        # A unique index that is gone; an object of another kind.
+        errors.InvalidColumnReference,
+        errors.WrongObjectType,
     ) as error:
         raise SchemaError(
             f"the database lacks what the listener needs ({error.diag.message_primary}); "

@@ -46,6 +46,7 @@ _MADE = re.compile(
     r"^ *create (?:or replace )?(?:table|view|sequence|function) (?:if not exists )?([\w.]+)",
     re.MULTILINE,
 )
+_INDEXED = re.compile(r"^ *create (?:unique )?index if not exists (\w+) on (\w+)\.", re.MULTILINE)
 _GONE = """
 select n.name
 from unnest(%(names)s::text[]) as n (name)
@@ -127,7 +128,9 @@ def _is_whole(facts: Facts) -> bool:
 
 
 def _something_is_gone(conn: Connection, texts: Iterable[str]) -> bool:
-    names = [name for text in texts for name in _MADE.findall(text)]
+    whole = "\n".join(texts)
+    names = _MADE.findall(whole)
+    names += [f"{schema}.{index}" for index, schema in _INDEXED.findall(whole)]
     with translated():
         return conn.execute(_GONE, {"names": names}).fetchone() is not None
 

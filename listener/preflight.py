@@ -74,18 +74,18 @@ def embeddings_problem(facts: Facts) -> str | None:
     if facts.embeddings_type and not facts.embeddings_type.endswith(f"vector({DIMENSION})"):
         return (
             f"public.event_embeddings.embedding is {facts.embeddings_type}, "
-            f"not vector({DIMENSION}); drop or rename that table"
+            f"not vector({DIMENSION}); rename that table, or drop it with cascade"
         )
     missing = [name for name in _EMBEDDINGS_COLUMNS if name not in facts.embeddings_columns]
     if missing:
         return (
             f"public.event_embeddings has no column {', '.join(missing)}, so it is not the "
-            "listener's; drop or rename that table"
+            "listener's; rename that table, or drop it with cascade"
         )
     if not facts.embeddings_key_is_unique:
         return (
-            "public.event_embeddings.event_id has no primary key of its own; add it, or drop or "
-            "rename that table"
+            "public.event_embeddings.event_id has no primary key of its own; add it, or rename "
+            "that table, or drop it with cascade"
         )
     return None
 

@@ -23,6 +23,8 @@ SERVICE_SESSION = """
 select
   pg_catalog.set_config('statement_timeout', '8s', false),
   pg_catalog.set_config('lock_timeout', '6s', false),
+  -- A sleep of the service is no idleness.
+  pg_catalog.set_config('idle_session_timeout', '0', false),
   -- Under a stricter default every claim that meets another would fail.
   pg_catalog.set_config('default_transaction_isolation', 'read committed', false),
   pg_catalog.set_config('tcp_keepalives_idle', '10', false),

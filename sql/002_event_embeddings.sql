@@ -21,7 +21,8 @@ begin
     model         text not null,
     content_hash  bytea not null,
     embedded_at   timestamptz not null default now(),
-    constraint event_embeddings_pkey primary key (event_id),
+    -- Without a name: that of a table which made way for this one may be taken.
+    primary key (event_id),
     -- on update cascade: a writer that renumbers an event is not refused because of us.
     constraint event_embeddings_event_id_fkey foreign key (event_id)
       references public.iot_events (id) on update cascade on delete cascade

@@ -8,6 +8,11 @@ returns text
 language plpgsql
 stable
 set search_path = ''
+-- A text must read the same in every session, or each would take the others' for changed.
+set datestyle = 'ISO'
+set timezone = 'UTC'
+set intervalstyle = 'postgres'
+set extra_float_digits = 1
 as $$
 begin
   return @expression@;

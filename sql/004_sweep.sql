@@ -85,6 +85,8 @@ stable
 security definer
 set search_path = ''
 as $$
+#variable_conflict use_variable
+-- A column of iot_events may have the name of a parameter; each is written with its table.
 declare
   v_from pg_catalog.jsonb := coalesce(
     p_from::pg_catalog.jsonb,
@@ -279,6 +281,7 @@ stable
 security definer
 set search_path = ''
 as $$
+#variable_conflict use_variable
 begin
   return query
   select extract(epoch from m.embedded_at - e.created_at)::double precision

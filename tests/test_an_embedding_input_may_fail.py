@@ -172,6 +172,23 @@ def test_a_column_that_is_dropped_ends_a_service_that_runs(database: Database) -
     assert database.value("select parked from listener.status") == 0
 
 
+def test_an_extension_that_goes_parks_nothing(database: Database) -> None:
+    """A session that has prepared its statements gets an internal error for each event."""
+
+    def drop_the_extension(service: RunningService) -> None:
+        for number in range(8):
+            database.insert(str(number))
+            database.wait_for_rest()
+        database.rows("drop extension vector cascade")
+        database.insert("after")
+        service.thread.join(20)
+
+    with pytest.raises(SchemaError, match="listener install"), serving(database) as service:
+        drop_the_extension(service)
+
+    assert [row[5:] for row in database.queue()] == [(False, None)]
+
+
 def test_an_event_that_it_takes_too_long_on_is_parked_and_its_mates_are_stored(
     database: Database, queue: Queue
 ) -> None:

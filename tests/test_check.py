@@ -83,7 +83,7 @@ def test_check_passes_where_the_service_would_work(static: Database) -> None:
             "drop view listener.embedding cascade; "
             "alter table public.event_embeddings alter embedding type public.vector(100)",
             "schema",
-            "not vector(384); drop or rename",
+            "not vector(384); rename that table",
             3,
         ),
         ("drop table listener.queue cascade", "rights", "listener install", 3),

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -206,6 +207,33 @@ def test_search_before_anything_is_embedded_says_so(static: Database) -> None:
 
     assert finished.returncode == 2
     assert "no event is embedded" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["search", " "], "give a text"), (["install", "--columns", "message,"], "--columns takes")],
+)
+def test_an_argument_that_names_nothing_is_refused(
+    database: Database, arguments: list[str], says: str
+) -> None:
+    """Exit 2; an empty text has no meaning to search for, an empty name is no column."""
+    finished = listener(database.settings, *arguments, check=False)
+
+    assert finished.returncode == 2
+    assert says in finished.stderr
+
+
+def test_a_closed_stderr_is_no_reason_to_embed_nothing(static: Database) -> None:
+    """As a shell's 2>&- gives it."""
+    static.insert("a")
+    command = shlex.join([sys.executable, "-m", "listener", "run", "--once"])
+
+    finished = subprocess.run(
+        ["/bin/sh", "-c", f"exec {command} 2>&-"], env=environment(static.settings), check=False
+    )
+
+    assert finished.returncode == 0
+    assert len(static.embedded()) == 1
 
 
 def test_backfill_works_by_itself_reports_and_is_harmless_twice(static: Database) -> None:

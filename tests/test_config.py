@@ -119,6 +119,7 @@ def test_an_env_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> No
     ("text", "says"),
     [
         ("DATABASE_URL='postgresql://u:s3cret@h/db\n", "(line 1 is no NAME=value)"),
+        ("DATABASE_URL\n", "(line 1 is no NAME=value)"),
         ("# ours\nPGPASSWORD=s3cret\0\n", "(ValueError)"),
     ],
 )

@@ -577,6 +577,32 @@ def test_a_replaced_embedding_input_is_left_alone(database: Database) -> None:
     assert database.value("select listener.embedding_input(e) from public.iot_events e") == "info"
 
 
+def test_a_dropped_index_is_made_again_by_install(database: Database) -> None:
+    """As a clean-up of unused ones leaves it."""
+    database.rows("drop index listener.queue_lane_due_at_idx")
+
+    install_in(database.conn)
+
+    assert database.value("select to_regclass('listener.queue_lane_due_at_idx')") is not None
+    assert install_in(database.conn).steps == ()
+
+
+def test_a_table_in_the_place_of_event_embeddings_may_be_renamed(database: Database) -> None:
+    """As the message says; its key keeps the name that it has."""
+    database.rows("drop table public.event_embeddings cascade")
+    database.rows(
+        "create table public.event_embeddings "
+        "(event_id bigint primary key, embedding public.vector(768))"
+    )
+    with pytest.raises(SchemaError, match="rename that table"):
+        install_in(database.conn)
+    database.rows("alter table public.event_embeddings rename to old_embeddings")
+
+    install_in(database.conn)
+
+    install.verify(database.conn)
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from listener import install
 from listener.catalogue import read_facts
 from listener.errors import SchemaError
-from tests.harness import Database, listener, serving
+from tests.harness import Database, listener, serve_once, serving
 from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
 
 _TEXT = "select listener.embedding_input(t) from public.iot_events t"
@@ -39,6 +40,61 @@ def test_columns_with_the_names_of_our_aliases_are_columns_like_others(
         assert database.value("select count(*) from listener.change") == 1
         assert database.value(_TEXT) == "e: e\nn: other\no: o\nm: m\nq: q\nevent: v"
         database.assert_invariant()
+
+
+def test_columns_with_the_names_of_our_parameters_are_columns_like_others(
+    new_database: NewDatabase,
+) -> None:
+    """Of those of the functions that read iot_events in the order of the newest."""
+    names = (
+        "v_from, p_model, p_from, p_limit, p_since, p_last, event_id, is_current, place, next_from"
+    )
+    columns = ", ".join(f"{name.strip()} text" for name in names.split(","))
+    columns = f"id bigint primary key, created_at timestamptz default now(), {columns}"
+    with new_database() as url, with_events(url, columns) as database:
+        install_in(database.conn)
+        database.rows("alter table public.iot_events disable trigger listener_inserted")
+        database.rows("insert into public.iot_events (id, v_from, place) values (1, 'a', 'b')")
+        database.rows("alter table public.iot_events enable always trigger listener_inserted")
+
+        serve_once(database)
+
+        assert set(database.embedded()) == {1}
+        assert len(database.rows("select * from listener.latency(10)")) == 1
+        assert database.rows("select * from listener.coverage('tests/tiny@1/fp32', 10)") == [(1, 1)]
+
+
+def test_a_text_reads_the_same_in_every_session(new_database: NewDatabase) -> None:
+    """Or a sweep would take what another session wrote for changed, again and again."""
+    columns = "id bigint primary key, w timestamptz, d date, f float8, i interval, r tstzrange"
+    with new_database() as url, with_events(url, columns) as database:
+        install_in(database.conn, ["w", "d", "f", "i", "r"])
+        database.rows(
+            "insert into public.iot_events values "
+            "(1, '2026-01-02 03:04+00', '2026-01-02', 0.1::float8 + 0.2, '2 h', '[2026-01-02,)')"
+        )
+
+        def text(**session: str) -> str:
+            for name, value in session.items():
+                database.rows("select set_config(%s, %s, false)", name, value)
+            return str(database.value(_TEXT))
+
+        expected = text()
+        assert expected.startswith(
+            "w: 2026-01-02 03:04:00+00\nd: 2026-01-02\nf: 0.30000000000000004\n"
+        )
+        assert text(timezone="Asia/Tokyo", datestyle="German") == expected
+        assert text(intervalstyle="iso_8601", extra_float_digits="0") == expected
+
+
+def test_a_database_that_quotes_all_names_is_like_any_other(new_database: NewDatabase) -> None:
+    """There format_type gives "uuid" in quotes."""
+    with new_database() as url, with_events(url, "id uuid primary key, message text") as database:
+        database.rows("set quote_all_identifiers = on")
+        install_in(database.conn)
+        install.verify(database.conn)
+
+        assert install_in(database.conn).steps == ()
 
 
 def test_a_table_of_more_columns_than_a_function_takes_arguments_is_embedded(

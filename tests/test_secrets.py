@@ -232,6 +232,7 @@ def test_a_bug_ends_with_exit_1_and_a_traceback_without_the_password(
         "host=h password = {}",
         "host=h password=x&{}",
         "host=h password='x {}'",
+        "postgresql://u:x y{}@h/db",
     ],
 )
 def test_a_connection_string_that_is_no_argument_is_quoted_without_its_password(

@@ -157,6 +157,7 @@ def test_both_sessions_of_a_service_have_its_settings(server: Server, database: 
     expected = {
         "statement_timeout": "8s",
         "lock_timeout": "6s",
+        "idle_session_timeout": "0",
         "tcp_keepalives_idle": "10",
         "tcp_keepalives_interval": "3",
         "tcp_keepalives_count": "3",
