@@ -23,6 +23,7 @@ from listener.console import (
     SERVICE,
     Command,
     load_encoder,
+    printable,
     say,
     stop_on_signals,
 )
@@ -232,7 +233,7 @@ def retry_command(ids: tuple[str, ...], everything: bool) -> None:
         report = Report(
             "retry",
             [f"parked: {before}"],
-            [f"back to the queue: {event_id}" for event_id in retried],
+            [f"back to the queue: {printable(str(event_id))}" for event_id in retried],
             [f"parked: {after}"],
             "Nothing to undo; an event that fails again is parked again.",
         )
