@@ -23,7 +23,7 @@ from listener.config import MOST_EVENTS, Settings
 from listener.errors import ConfigError
 from listener.model import locate
 from listener.report import Report, require_reports_dir, write_report
-from listener.search import describe
+from listener.search import describe, nearest
 from tests.harness import (
     Database,
     Spawn,
@@ -31,7 +31,9 @@ from tests.harness import (
     empty_folder,
     environment,
     listener,
+    serve_once,
     serving,
+    vector_of,
     wait_until,
 )
 from tests.misbehaviour import change_sweep
@@ -189,6 +191,17 @@ def test_search_finds_by_meaning(database: Database, converted: Settings) -> Non
 
     assert len(found.stdout.splitlines()) == 2
     assert "bearing temperature" in found.stdout.splitlines()[0]
+
+
+def test_a_search_finds_no_vector_of_another_model(database: Database) -> None:
+    """How near it is to one of this model's means nothing."""
+    other, own = database.insert("same", "same")
+    serve_once(database)
+    database.rows("update public.event_embeddings set model = 'other' where event_id = %s", other)
+
+    found = nearest(database.conn, vector_of("same"), TinyEmbedder.fingerprint, limit=2)
+
+    assert [hit.event_id for hit in found] == [own]
 
 
 def test_search_without_pgvector_says_so(static: Database) -> None:
