@@ -58,9 +58,9 @@ def limit_statements(monkeypatch: pytest.MonkeyPatch, limit: str, instead: str =
     monkeypatch.setattr(queries, "SERVICE_SESSION", shorter)
 
 
-def refuse_writes(database: Database) -> None:
-    """As a disk that takes no vector."""
-    _do_before_writes(database, "raise io_error")
+def refuse_writes(database: Database, condition: str) -> None:
+    """As a server that takes no vector, for a condition of plpgsql."""
+    _do_before_writes(database, f"raise {condition}")
 
 
 def slow_down_writes(database: Database, seconds: float) -> None:

@@ -125,14 +125,17 @@ def test_a_right_that_is_missing_is_no_events_fault(database: Database, queue: Q
     assert {row[3:] for row in database.queue()} == {(1, True, False, None)}
 
 
-def test_a_disk_that_takes_no_vector_is_no_events_fault(database: Database, queue: Queue) -> None:
+@pytest.mark.parametrize("condition", ["io_error", "disk_full", "out_of_memory"])
+def test_a_server_that_takes_no_vector_is_no_events_fault(
+    database: Database, queue: Queue, condition: str
+) -> None:
     """Though to write nothing works; the same error where events are read may be one event's."""
     database.insert("a", "b")
     claim = claimed(queue)
     events = queue.read(claim)
-    refuse_writes(database)
+    refuse_writes(database, condition)
 
-    with pytest.raises(ConnectionLost, match="IoError"):
+    with pytest.raises(ConnectionLost, match=condition):
         store(queue, claim, events)
 
     assert {row[3:] for row in database.queue()} == {(1, True, False, None)}
