@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from listener.embedded import Server
 from listener.encoding import Encoder
 from listener.errors import ConnectionLost, LostOverEvents, SchemaError
 from listener.pipeline import Pipeline
+from listener.queue import Queue
 from listener.service import Service, _Kept, _open_session
 from listener.stop import Stop
 from listener.sweep import Sweep
@@ -404,6 +406,15 @@ def test_the_sweep_is_repeated_on_its_timer(database: Database) -> None:
             database.rows("delete from public.event_embeddings")
 
         wait_until(lambda: first in database.embedded())
+
+
+def test_sweep_seconds_of_0_makes_the_first_sweep_the_last(database: Database) -> None:
+    """Not one that is due again at once."""
+    sweep = Sweep(database.with_settings(sweep_seconds=0).settings)
+    with database.service_session() as conn:
+        sweep.page(conn, Queue(conn, database.settings, None), TinyEmbedder.fingerprint)
+
+    assert sweep.seconds_left() == math.inf
 
 
 def test_a_parked_event_that_is_deleted_goes_with_the_next_sweep(database: Database) -> None:
