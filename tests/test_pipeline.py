@@ -130,6 +130,26 @@ def test_a_claim_of_events_that_are_gone_makes_the_next_no_smaller(database: Dat
     assert len(rounds) == 4
 
 
+@pytest.mark.parametrize(
+    ("limits", "left"),
+    [
+        ({"batch_events": 2}, [6, 4, 2, 0]),
+        ({"batch_events": 2, "batch_tokens": 1}, [7, 6, 5, 4, 3, 2, 1, 0]),
+    ],
+)
+def test_neither_claims_nor_passes_outgrow_the_settings(
+    database: Database, limits: dict[str, int], left: list[int]
+) -> None:
+    """However quick the model was with those before."""
+    database.insert(*"abcdefgh")
+    found = []
+
+    with draining(database.with_settings(**limits), TinyEmbedder()) as drain:
+        drain(lambda: found.append(len(database.queue())))
+
+    assert found == left
+
+
 @dataclass
 class Slow(TinyEmbedder):
     """Takes its time for each batch."""
