@@ -14,14 +14,17 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 
+from listener.backfill import queue_events
 from listener.config import MOST_EVENTS, Settings
-from listener.errors import ConfigError
+from listener.errors import ConfigError, StatementTimeout
 from listener.model import locate
+from listener.queue import Queue
 from listener.report import Report, require_reports_dir, write_report
 from listener.search import describe, nearest
 from tests.harness import (
@@ -320,6 +323,20 @@ def test_a_backfill_gets_by_with_a_short_statement_timeout(static: Database) -> 
 
     assert "looked at 5, queued 5" in finished.stderr
     assert [row[0] for row in static.queue()] == ids
+
+
+def test_a_backfill_ends_where_even_a_page_of_one_event_takes_too_long(database: Database) -> None:
+    """No smaller one is left to try."""
+    database.insert("a", "b")
+    change_sweep(database, "true")
+    with database.session() as conn:
+        conn.execute("set statement_timeout = '100ms'")
+        pages = queue_events(
+            Queue(conn, database.settings, None), TinyEmbedder.fingerprint, 2, None
+        )
+
+        with pytest.raises(StatementTimeout):
+            list(islice(pages, 10))
 
 
 def test_a_backfill_that_may_not_look_for_orphans_follows_all_the_same(static: Database) -> None:
