@@ -435,6 +435,20 @@ def test_events_of_a_dead_worker_are_tried_in_small_groups_then_alone(
     assert set(database.embedded()) == set(mates)
 
 
+def test_a_live_event_of_a_dead_worker_goes_before_a_backfilled_one(
+    database: Database, queue: Queue
+) -> None:
+    """However much longer the other has waited."""
+    (old,) = database.insert("old")
+    database.forget_queue()
+    queue.sweep(MODEL, None, 10)
+    (live,) = database.insert("live")
+    assert [claimed(queue).event_ids, claimed(queue).event_ids] == [[live], [old]]
+    database.rows("update listener.queue set due_at = queued_at")
+
+    assert [claimed(queue, 4).event_ids, claimed(queue, 4).event_ids] == [[live], [old]]
+
+
 def test_a_change_of_an_event_whose_worker_died_does_not_mix_it_with_others(
     database: Database, queue: Queue
 ) -> None:
