@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from listener import queries
 from listener.counters import counters
-from listener.database import Connection, connect
+from listener.database import Connection, connect, read_clock
 from listener.errors import ConnectionLost
 from listener.queue import Queue
 from tests.harness import Database, TinyEmbedder, claimed, is_asleep, serving, store, wait_until
@@ -235,6 +235,22 @@ def test_a_statement_that_takes_too_long_costs_the_events_no_attempt(
     assert len(embedder.encoded) == 8
     assert counters.failed_attempts == failed
     assert database.queue() == []
+
+
+@pytest.mark.parametrize("limit", ["transaction_timeout", "idle_in_transaction_session_timeout"])
+def test_a_session_that_the_server_ends_for_its_transaction_is_a_lost_connection(
+    database: Database, limit: str
+) -> None:
+    """As through a pooler, where the service lifts no limit; it goes on with another session."""
+    if limit == "transaction_timeout" and database.conn.info.server_version < 170000:
+        pytest.skip("since PostgreSQL 17")
+    with database.service_session("ended") as conn:
+        conn.execute(f"set {limit} = '50ms'; begin".encode())
+        ended = "select not exists (select from pg_stat_activity where application_name = 'ended')"
+        wait_until(lambda: database.value(ended))
+
+        with pytest.raises(ConnectionLost):
+            read_clock(conn)
 
 
 def test_a_service_that_loses_a_deadlock_goes_on_and_no_event_is_blamed(
