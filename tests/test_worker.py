@@ -18,6 +18,7 @@ from tests.harness import (
     as_service,
     claimed,
     is_asleep,
+    serve_once,
     serving,
     wait_until,
 )
@@ -74,6 +75,16 @@ def test_a_dead_worker_is_known_until_all_its_events_are_released(
 
     assert beat(peer, NOBODY)
     assert database.leased() == 0
+
+
+def test_run_once_embeds_what_a_dead_worker_had_in_hand(database: Database) -> None:
+    """It ends before its next beat, and until the lease is over nothing is due."""
+    (event_id,) = database.insert("a")
+    die_after(database)
+
+    serve_once(database)
+
+    assert database.embedded().keys() == {event_id}
 
 
 def test_an_event_that_failed_waits_its_time_though_its_worker_dies(
