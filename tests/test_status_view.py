@@ -9,18 +9,20 @@ from tests.harness import Database, serving
 
 def test_the_view_tells_what_waits_by_lane_and_what_is_parked(database: Database) -> None:
     """An event that waits twice counts once; one that is parked and has changed waits."""
-    both, parked, changed, _ = database.insert("both", "parked", "changed", "new")
+    both, parked, changed, claimed, _ = database.insert(
+        "both", "parked", "changed", "claimed", "new"
+    )
     database.park(parked, changed, both)
     database.rows("update listener.queue set due_at = now(), lane = 1 where event_id = %s", both)
     database.rows("insert into listener.change (event_id) values (%s), (%s)", both, changed)
-    database.rows("insert into listener.queue (event_id, lane) values (99, 1)")
+    database.rows("insert into listener.queue (event_id, lane) values (99, 1), (%s, 0)", claimed)
 
     (row,) = database.rows(
         "select pending, pending_live, pending_backfill, parked, workers, last_error, embedded, "
         "oldest_pending_seconds >= oldest_live_seconds from listener.status"
     )
 
-    assert row == (4, 3, 1, 1, 0, "why", 0, True)
+    assert row == (5, 4, 1, 1, 0, "why", 0, True)
     assert database.value("select pending from listener.status") == database.value(queries.PENDING)
 
 
