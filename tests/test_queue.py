@@ -798,6 +798,24 @@ def test_removed_events_leave_the_queue_unencoded(
     assert embedder.encoded == []
 
 
+@pytest.mark.parametrize(
+    "ended_by",
+    ["update listener.queue set lease = lease + 1", "update listener.queue set due_at = now()"],
+)
+def test_a_claim_that_is_over_takes_no_deleted_event_out_of_the_queue(
+    database: Database, queue: Queue, ended_by: str
+) -> None:
+    """It may be back with its id, taken anew, and not be seen yet."""
+    database.insert("a")
+    claim = claimed(queue)
+    database.rows("delete from public.iot_events")
+    database.rows(ended_by)
+
+    assert store(queue, claim, queue.read(claim)) == []
+
+    assert database.queue()
+
+
 def test_an_insert_over_the_row_of_a_deleted_event_is_neither_discarded_nor_parked(
     database: Database, queue: Queue
 ) -> None:
