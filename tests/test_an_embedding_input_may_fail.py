@@ -298,6 +298,23 @@ def test_an_event_over_which_the_connection_is_lost_is_parked_and_its_mates_are_
 
 
 @pytest.mark.usefixtures("quick_reconnects")
+def test_an_event_that_loses_the_connection_of_a_service_that_had_nothing_to_do_is_parked(
+    database: Database,
+) -> None:
+    """Claimed together with its text it would leave no trace, and lose each that follows."""
+    replace_input(database, LOSE_CONNECTION)
+    database.insert("found by the sweep")
+    database.forget_queue()
+
+    with serving(database.with_settings(max_attempts=3)):
+        # There was nothing to do, or nothing would have been swept.
+        wait_until(database.embedded)
+        (bad,) = database.insert("bad")
+
+        wait_until(lambda: [row[0] for row in database.queue() if row[5]] == [bad])
+
+
+@pytest.mark.usefixtures("quick_reconnects")
 def test_an_event_that_is_in_hand_while_the_connection_is_lost_over_another_is_no_suspect(
     database: Database,
 ) -> None:
