@@ -89,6 +89,13 @@ def test_check_passes_where_the_service_would_work(static: Database) -> None:
         ("drop table listener.queue cascade", "rights", "listener install", 3),
         ("drop sequence listener.worker_token", "rights", "listener install", 3),
         ("revoke insert on listener.worker from listener_worker", "rights", "grant", 3),
+        (
+            "revoke execute on function listener.sweep(text, text, integer, timestamptz) "
+            "from listener_worker",
+            "rights",
+            "grant",
+            3,
+        ),
     ],
 )
 def test_check_fails_with_the_remedy(
