@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from listener import queries
 from listener.checks import run_checks
 from listener.checks_link import is_over_a_network
 from listener.config import Settings
 from listener.embedded import Server
 from listener.finding import Finding
+from listener.queue import Queue
 from tests.harness import (
     Database,
     TinyEmbedder,
@@ -109,6 +111,24 @@ def test_check_fails_with_the_remedy(
     assert finished.returncode == code
     (line,) = [text for text in finished.stdout.splitlines() if text.startswith(f"FAIL  {name}")]
     assert remedy in line
+
+
+def test_check_tries_every_statement_by_which_a_claim_can_end(
+    static: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first event to fail, or the first stop, would else be what finds out."""
+    tried = set()
+    execute = Queue._execute
+
+    def noting(queue: Queue, statement: str, **parameters: object) -> list[object]:
+        tried.add(statement)
+        return execute(queue, statement, **parameters)
+
+    monkeypatch.setattr(Queue, "_execute", noting)
+
+    assert findings(static)["rights"].ok
+
+    assert {queries.WRITE, queries.DISCARD, queries.FAIL, queries.RELEASE, queries.EXTEND} <= tried
 
 
 def test_a_missing_model_fails(database: Database) -> None:
