@@ -113,6 +113,18 @@ def test_a_backfilled_event_that_is_due_again_is_found_by_a_beat(database: Datab
         wait_until(lambda: not database.queue())
 
 
+def test_a_worker_that_lives_is_seen_anew(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `seen_at` an operator tells it from one that hangs."""
+    monkeypatch.setattr("listener.worker._SEEN_SECONDS", 0.0)
+    seen = "select seen_at from listener.worker"
+    with serving(database):
+        first = wait_until(lambda: database.rows(seen))
+
+        wait_until(lambda: database.rows(seen) > first)
+
+
 def test_locks_of_numbers_to_come_that_somebody_holds_stop_no_worker(database: Database) -> None:
     """Any role that may connect can take them."""
     with database.session() as hostile:
