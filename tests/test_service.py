@@ -428,6 +428,15 @@ def test_a_parked_event_that_is_deleted_goes_with_the_next_sweep(database: Datab
         wait_until(lambda: database.queue() == [])
 
 
+def test_a_parked_event_that_was_deleted_goes_when_a_service_starts(database: Database) -> None:
+    """Where nothing is to be backfilled there is no sweep with which it would go."""
+    database.park(*database.insert("bad"))
+    database.rows("delete from public.iot_events")
+
+    with serving(database.with_settings(backfill_last_n=0)):
+        wait_until(lambda: database.queue() == [])
+
+
 def test_parked_events_that_it_takes_too_long_to_look_at_stop_no_service(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
