@@ -73,6 +73,8 @@ from public.event_embeddings m;
 -- after the page gives the position of the next one. By anti-join on pages, never by "id > watermark":
 -- ids commit out of order.
 -- Security definer, because the order is that of columns which listener.event doesn't show.
+-- Its first statement, v_from, locks iot_events before event_embeddings, as a truncate cascade of a
+-- writer does; in another order the two could end in a deadlock.
 create or replace function listener.page(
   p_model  text,
   p_from   text,
@@ -134,9 +136,6 @@ $$;
 -- Queue the events of one page whose embedding is missing, of another text or of another model; where
 -- p_model is null, all of them. Returns how many it looked at, how many it queued, and where the next
 -- page begins (null: the end). Run again with nothing changed, it writes nothing.
---
--- It takes its lock on iot_events first, as a truncate cascade of a writer does; in another order the
--- two could end in a deadlock.
 create or replace function listener.sweep(
   p_model  text,
   p_from   text,
@@ -149,7 +148,6 @@ volatile
 set search_path = ''
 as $$
 begin
-  perform from listener.event where false;
   return query
   with page as materialized (
     select * from listener.page(p_model, p_from, p_limit, p_since)
@@ -183,7 +181,7 @@ end
 $$;
 
 -- Of the newest p_last events: how many there are, and how many have a current embedding; one that is
--- queued does not count as such. Locks iot_events first, as listener.sweep does and for its reason.
+-- queued does not count as such.
 create or replace function listener.coverage(p_model text, p_last integer)
 returns table (events bigint, current bigint)
 language plpgsql
@@ -191,7 +189,6 @@ stable
 set search_path = ''
 as $$
 begin
-  perform from listener.event where false;
   return query
   select count(*), count(*) filter (where p.is_current)
   from listener.page(p_model, null, p_last, null) p;
