@@ -19,8 +19,9 @@ T = TypeVar("T")
 # But an embedding_input that takes what is in a column for a name (a cast to regclass, say) raises
 # the former for one event, a damaged row the latter.
 _PERHAPS_OF_A_ROW = {"0A", "3F", "42", "XX"}
-# Memory that lacks, or a block that can't be read, may be one event's where events are read.
-_PERHAPS_IF_READ = {"53200", "58030"}
+# Memory that lacks, or a block or file of the server's that can't be read, may be one event's where
+# events are read.
+_PERHAPS_IF_READ = {"53200", "58030", "58P01"}
 
 
 def in_parts(

@@ -6,7 +6,6 @@ import os
 import sys
 import traceback
 from io import StringIO, TextIOWrapper
-from pathlib import Path
 
 import click
 
@@ -14,6 +13,8 @@ from listener import __version__, commands_install, commands_read, commands_run
 from listener.config import is_utf8
 from listener.console import say
 from listener.errors import ConfigError, ListenerError
+
+_STDERR = 2
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -47,8 +48,10 @@ def main() -> None:
     # For each session of ours, whatever shell, role or database say; the driver reads no other.
     os.environ["PGDATESTYLE"] = "ISO"
     if sys.stderr is None:
-        # It was closed; else the next file or socket would take its place.
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  as long as we live
+        # It was closed, others maybe too; the next file or socket would take the place of one.
+        while (file := os.open(os.devnull, os.O_RDWR)) < _STDERR:
+            pass
+        sys.stderr = os.fdopen(file, "w", errors="backslashreplace")
     # What a device wrote may not exist in the terminal's encoding.
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -42,8 +42,11 @@ SERVICE = (
     "log_format",
     "log_level",
 )
-# In a connection string that was given as an argument, or in the place of another setting.
-_PASSWORD = re.compile(r"(?<=://)([^/?@\s:]*:).+(?=@)|(password\s*=\s*)(?:'(?:[^'\\]|\\.)*'|\S+)")
+# In a connection string that was given as an argument, or in the place of another setting. A port
+# is no password.
+_PASSWORD = re.compile(
+    r"(?<=://)([^/?@\s:]*:)(?!\d{1,5}[/\s,;]).+(?=@)|(password\s*=\s*)(?:'(?:[^'\\]|\\.)*'|\S+)"
+)
 # All but new line and tab.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 

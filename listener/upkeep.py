@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 
+import psycopg
+
 from listener import queries
 from listener.claim import EventId
 from listener.database import Connection, translated
-from listener.errors import StatementTimeout
+from listener.errors import ConnectionLost, StatementTimeout
 from listener.logs import log
 
 # Less than what a session waits for an answer.
@@ -15,13 +17,16 @@ _PARKED_SECONDS = 8
 
 
 def discard_parked(conn: Connection) -> None:
-    """Drop parked events that no longer exist, unless there are too many to look at."""
+    """Drop parked events that no longer exist, unless they can't be looked at or are too many."""
     try:
         with translated(), conn.transaction():
             # Behind a pooler a session has no limit of its own.
             conn.execute(queries.LIMIT_STATEMENT, {"duration": f"{_PARKED_SECONDS}s"})
             conn.execute(queries.DISCARD_PARKED)
-    except StatementTimeout as error:
+    except (StatementTimeout, ConnectionLost, psycopg.Error) as error:
+        # One that is parked because the server can't read it fails here, too.
+        if conn.closed:
+            raise
         log(logging.WARNING, "parked_events_not_looked_at", cause=error)
 
 

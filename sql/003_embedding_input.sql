@@ -13,6 +13,7 @@ set datestyle = 'ISO'
 set timezone = 'UTC'
 set intervalstyle = 'postgres'
 set extra_float_digits = 1
+set bytea_output = 'hex'
 as $$
 begin
   return @expression@;

@@ -61,6 +61,8 @@ FAILURES = {
     # For which else the server is blamed.
     "OutOfMemory": "raise out_of_memory",
     "IoError": "raise io_error",
+    "UndefinedFile": "raise undefined_file",
+    "DataCorrupted": "raise data_corrupted",
 }
 
 

@@ -239,13 +239,14 @@ def test_an_argument_that_names_nothing_is_refused(
     assert says in finished.stderr
 
 
-def test_a_closed_stderr_is_no_reason_to_embed_nothing(static: Database) -> None:
-    """As a shell's 2>&- gives it."""
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stderr_is_no_reason_to_embed_nothing(static: Database, closed: str) -> None:
+    """As a shell gives it, and who makes a daemon of what it starts."""
     static.insert("a")
     command = shlex.join([sys.executable, "-m", "listener", "run", "--once"])
 
     finished = subprocess.run(
-        ["/bin/sh", "-c", f"exec {command} 2>&-"], env=environment(static.settings), check=False
+        ["/bin/sh", "-c", f"exec {command} {closed}"], env=environment(static.settings), check=False
     )
 
     assert finished.returncode == 0

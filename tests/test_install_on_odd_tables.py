@@ -66,12 +66,14 @@ def test_columns_with_the_names_of_our_parameters_are_columns_like_others(
 
 def test_a_text_reads_the_same_in_every_session(new_database: NewDatabase) -> None:
     """Or a sweep would take what another session wrote for changed, again and again."""
-    columns = "id bigint primary key, w timestamptz, d date, f float8, i interval, r tstzrange"
+    columns = (
+        "id int primary key, w timestamptz, d date, f float8, i interval, r tstzrange, b bytea"
+    )
     with new_database() as url, with_events(url, columns) as database:
-        install_in(database.conn, ["w", "d", "f", "i", "r"])
+        install_in(database.conn, ["w", "d", "f", "i", "r", "b"])
         database.rows(
             "insert into public.iot_events values "
-            "(1, '2026-01-02 03:04+00', '2026-01-02', 0.1::float8 + 0.2, '2 h', '[2026-01-02,)')"
+            "(1, '2026-01-02 03:04+00', '2026-01-02', 0.1::float8 + 0.2, '2 h', '[2026-1-2,)', 'x')"
         )
 
         def text(**session: str) -> str:
@@ -84,7 +86,10 @@ def test_a_text_reads_the_same_in_every_session(new_database: NewDatabase) -> No
             "w: 2026-01-02 03:04:00+00\nd: 2026-01-02\nf: 0.30000000000000004\n"
         )
         assert text(timezone="Asia/Tokyo", datestyle="German") == expected
-        assert text(intervalstyle="iso_8601", extra_float_digits="0") == expected
+        assert (
+            text(intervalstyle="iso_8601", extra_float_digits="0", bytea_output="escape")
+            == expected
+        )
 
 
 def test_a_database_that_quotes_all_names_is_like_any_other(new_database: NewDatabase) -> None:

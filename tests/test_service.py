@@ -14,6 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from listener import queries
 from listener.counters import counters
 from listener.embedded import Server
 from listener.encoding import Encoder
@@ -448,6 +449,21 @@ def test_parked_events_that_it_takes_too_long_to_look_at_stop_no_service(
         discard_parked(conn)
 
     assert caplog.messages == ["parked_events_not_looked_at"]
+
+
+def test_parked_events_that_the_server_cannot_read_stop_no_service(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each session begins with a look at them, and would end with it."""
+    unreadable = "do $$begin raise data_corrupted; end$$"
+    monkeypatch.setattr(queries, "DISCARD_PARKED", unreadable)
+
+    with serving(database):
+        database.insert("a")
+        wait_until(lambda: len(database.embedded()) == 1)
+
+    assert "parked_events_not_looked_at" in caplog.messages
+    assert "connection_lost" not in caplog.messages
 
 
 def test_run_once_drops_parked_events_that_were_deleted(database: Database) -> None:
