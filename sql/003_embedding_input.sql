@@ -1,7 +1,7 @@
 -- The text of an event that is embedded. Everything asks this one function. Replace its body to
 -- embed something else, then run `listener backfill --all`; an install leaves your version alone.
--- In plpgsql, because an SQL function with a pinned search path starts an executor at each call, which
--- takes twice the time.
+-- In plpgsql, because an SQL function with settings of its own can't be inlined, and starts an executor
+-- at each call.
 
 create or replace function listener.embedding_input(event public.iot_events)
 returns text
