@@ -299,11 +299,15 @@ def test_two_workers_share_a_queue_without_encoding_twice(database: Database) ->
     assert len(first.encoded) + len(second.encoded) == 2000
 
 
+@pytest.mark.parametrize(
+    "damage",
+    ["drop schema listener cascade", "alter table listener.queue drop constraint queue_pkey"],
+)
 def test_a_database_without_the_install_ends_the_service_with_a_schema_error(
-    database: Database,
+    database: Database, damage: str
 ) -> None:
     """Exit 3; waiting would not help."""
-    database.rows("drop schema listener cascade")
+    database.rows(damage)
 
     with pytest.raises(SchemaError, match="listener install"), serving(database) as service:
         service.thread.join(20)
