@@ -166,6 +166,10 @@ def test_both_sessions_of_a_service_have_its_settings(server: Server, database: 
         "tcp_keepalives_count": "3",
         "tcp_user_timeout": "19000" if hasattr(socket, "TCP_USER_TIMEOUT") else "0",
     }
+    database.rows(
+        "do $$begin execute format("
+        "'alter database %I set idle_session_timeout = 3600000', current_database()); end$$"
+    )
     assert server.port is not None
     settings = database.through(server.port).settings
     with (
