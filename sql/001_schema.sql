@@ -8,10 +8,11 @@ comment on schema listener is
 
 -- What writers leave behind: an event that was inserted or reads differently now. The next claim
 -- takes it into the queue. Without a key or an index: a row here is all that a writer pays for, and
--- where everybody only appends no writer waits for another, or for a claim.
+-- where everybody only appends no writer waits for another, or for a claim. Not now(), which each
+-- insert would have to look up as a function.
 create table if not exists listener.change (
   event_id    @key_type@ not null,
-  changed_at  timestamptz not null default now()
+  changed_at  timestamptz not null default current_timestamp
 );
 
 -- One row per event that waits for its embedding; no row and no change, nothing to do.

@@ -26,12 +26,17 @@ begin
 end
 $$;
 
--- Records only what now reads differently. If embedding_input fails on a row, the whole statement's
--- rows are recorded: the worker finds the culprit and parks it; the writer is never refused.
+-- Records only what now reads differently. If embedding_input fails on a row, or the ids are more than
+-- an array holds, the whole statement's rows are recorded: the worker finds the culprit and parks it;
+-- the writer is never refused. An array, because an insert within a block that catches errors would
+-- cost each update a subtransaction's number.
+--
+-- An id that only one side has says that ids were changed. A vector goes with its event to the new id,
+-- but what waits or is parked under the old one does not: so all are recorded. Old ids too, because
+-- after a MERGE that inserted into a partition, Postgres shows that row in the place of the new ones.
 --
 -- A full join, because the plan is made once a session, for as many rows as its first update has: made
--- for one row, a left join would compare each of a later 10,000 with each. Within a case, so that the
--- planner can't make a left join of it.
+-- for one row, a left join would compare each of a later 10,000 with each.
 create or replace function listener.queue_updated()
 returns trigger
 language plpgsql
@@ -43,20 +48,33 @@ declare
 begin
   begin
     v_changed := array(
-      select n.id
-      from new_events n
-      full join old_events o on o.id = n.id
-      where case
-        when n.id is null then false
-        when o.id is null then true
-        else listener.embedding_input(n.*) is distinct from listener.embedding_input(o.*)
-      end
+      with pair as materialized (
+        select
+          coalesce(n.id, o.id) as id,
+          n.id is null or o.id is null as is_alone,
+          case
+            when n.id is null or o.id is null then true
+            else listener.embedding_input(n.*) is distinct from listener.embedding_input(o.*)
+          end as differs
+        from new_events n
+        full join old_events o on o.id = n.id
+      )
+      select p.id
+      from pair p
+      where p.differs or (select bool_or(a.is_alone) from pair a)
     );
   exception when others or assert_failure then
-    v_changed := array(select n.id from new_events n);
+    v_changed := null;
   end;
-  insert into listener.change (event_id)
-  select c.id from unnest(v_changed) as c (id);
+  if v_changed is null then
+    insert into listener.change (event_id)
+    select n.id from new_events n
+    union
+    select o.id from old_events o;
+  else
+    insert into listener.change (event_id)
+    select c.id from unnest(v_changed) as c (id);
+  end if;
   if found and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@) then
     perform pg_catalog.pg_notify('listener', '')
     where pg_catalog.pg_notification_queue_usage() < 0.5;

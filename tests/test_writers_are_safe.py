@@ -10,7 +10,7 @@ import pytest
 
 from listener.database import Connection
 from listener.queue import Queue
-from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
+from tests.harness import Database, TinyEmbedder, is_asleep, serve_once, serving, wait_until
 from tests.test_install import install_in
 
 INSERT = (
@@ -198,7 +198,28 @@ def test_an_event_may_get_another_id(database: Database) -> None:
     database.rows("delete from public.event_embeddings")
     database.rows("update public.iot_events set id = 2000")
 
-    assert [row[0] for row in database.queue()] == [2000]
+    assert [row[0] for row in database.queue()] == [1000, 2000]
+    serve_once(database)
+    database.assert_invariant()
+
+
+@pytest.mark.parametrize("state", ["pending", "parked"])
+def test_an_event_that_takes_over_the_id_of_one_that_reads_the_same_is_embedded(
+    database: Database, state: str
+) -> None:
+    """The vector went with the other to its new id; what waits or is parked has the old one."""
+    [first] = database.insert("a")
+    serve_once(database)
+    [second] = database.insert("a")
+    database.rows("alter table public.iot_events alter id drop identity")
+    if state == "parked":
+        database.park(second)
+
+    database.rows("update public.iot_events set id = id - 1")
+
+    serve_once(database.with_settings(backfill_last_n=0))
+    assert set(database.embedded()) == {first - 1, first}
+    database.assert_invariant()
 
 
 def test_without_any_service_events_only_queue(database: Database) -> None:
@@ -352,4 +373,24 @@ def test_rows_written_straight_into_a_partition_are_found_by_the_sweep(
         wait_until(lambda: set(database.embedded()) == {11, 13})
         database.wait_for_rest()
 
+    database.assert_invariant()
+
+
+def test_a_merge_that_inserts_into_a_partition_and_then_updates_loses_no_update(
+    database: Database,
+) -> None:
+    """Postgres shows the trigger the inserted row in the place of the updated ones."""
+    partition(database)
+    database.rows("insert into public.iot_events values (1, 'a'), (2, 'b')")
+    serve_once(database)
+
+    database.rows(
+        "merge into public.iot_events e "
+        "using (values (11, 'c'), (1, 'd'), (2, 'e')) v (id, message) on e.id = v.id "
+        "when matched then update set message = v.message "
+        "when not matched then insert values (v.id, v.message)"
+    )
+
+    serve_once(database.with_settings(backfill_last_n=0))
+    assert set(database.embedded()) == {1, 2, 11}
     database.assert_invariant()
