@@ -99,8 +99,9 @@ select
     -- Hidden from the role that reads for the service: the owner of the views, or who will be.
     select min(f.relname::text)
     from in_public f
-    where f.relrowsecurity and f.relforcerowsecurity and (
+    where f.relrowsecurity and (
       select not (v.rolsuper or v.rolbypassrls)
+        and (f.relforcerowsecurity or not pg_has_role(v.oid, f.relowner, 'usage'))
       from pg_catalog.pg_roles v
       where v.oid = coalesce(
         (select c.relowner from pg_catalog.pg_class c where c.oid = to_regclass('listener.event')),

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import psycopg
-from psycopg import errors
+from psycopg import IsolationLevel, errors
 from psycopg.abc import RV, PQGen
 from psycopg.types.string import StrDumper
 from tenacity import (
@@ -111,6 +111,8 @@ def connect(
     # Strings as text, not as unknown, so that a list of text keys is an array to unnest.
     conn.adapters.register_dumper(str, StrDumper)
     conn.answer_seconds = _ANSWER_SECONDS if as_service else answer_seconds
+    # Of transactions: a snapshot from before a table was rewritten shows it empty.
+    conn.isolation_level = IsolationLevel.READ_COMMITTED
     if not as_service:
         # It may be a transaction pooler's, where the next server doesn't know what was prepared.
         conn.prepare_threshold = None
@@ -132,6 +134,17 @@ def notice_loss(conn: Connection) -> None:
         # The first may find no more than the server's last words.
         conn.pgconn.consume_input()
         conn.pgconn.consume_input()
+
+
+@contextmanager
+def seeing_all(conn: Connection) -> Iterator[None]:
+    """A transaction for what deletes by the absence of an event.
+
+    Raises SchemaError, rather than take an event for gone that row-level security hides.
+    """
+    with translated(), conn.transaction():
+        conn.execute(queries.SEE_ALL)
+        yield
 
 
 def read_clock(conn: Connection) -> float:

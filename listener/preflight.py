@@ -95,9 +95,9 @@ def hidden_problem(facts: Facts) -> str | None:
     if facts.hidden_table is None:
         return None
     return (
-        f"row-level security of public.{facts.hidden_table} is forced on its owner too, and may "
-        f"hide rows from the listener; alter table public.{facts.hidden_table} no force row level "
-        "security"
+        f"row-level security of public.{facts.hidden_table} may hide rows from the listener, which "
+        "reads as the owner of view listener.event; let that role have the rights of the table's "
+        f"owner, and alter table public.{facts.hidden_table} no force row level security"
     )
 
 

@@ -553,6 +553,9 @@ from listener.status s
 # Until the transaction's end; a pooler's next client doesn't inherit it.
 LIMIT_STATEMENT = "select pg_catalog.set_config('statement_timeout', %(duration)s, true)"
 
+# Until the transaction's end: what row-level security would hide is an error, not gone.
+SEE_ALL = "select pg_catalog.set_config('row_security', 'off', true)"
+
 # Only what a metric shows: a column of the view that isn't asked for is not computed.
 GAUGES = """
 select

@@ -18,7 +18,7 @@ from listener.blame import in_parts, require_input, works_without_events
 from listener.claim import Claim, Event, EventId, SweepPage, Vector
 from listener.config import Settings
 from listener.counters import counters
-from listener.database import Connection, notice_loss, translated
+from listener.database import Connection, notice_loss, seeing_all, translated
 from listener.errors import ConnectionLost, LostOverEvents, SchemaError
 from listener.health import health
 from listener.logs import log
@@ -156,7 +156,7 @@ class Queue:
         unread = [event_id for event_id in claim.event_ids if event_id not in known]
         rows = self._in_parts(claim.lease, unread, read, fail, reads_only=True)
         if deleted := [one for one, _, is_gone, _ in rows if is_gone]:
-            self._execute(queries.DISCARD, event_ids=deleted, lease=claim.lease)
+            self._discard(claim.lease, deleted)
         found = [Event(one, version, text) for one, version, is_gone, text in rows if not is_gone]
         return [*claim.already_read, *found]
 
@@ -192,7 +192,7 @@ class Queue:
         One that has changed is given back to be read again; one that just reads differently fails.
         """
         event_ids = [event.event_id for event in events]
-        self._execute(queries.DISCARD, event_ids=event_ids, lease=lease)
+        self._discard(lease, event_ids)
         versions = [event.version for event in events]
         hashes = [event.content_hash for event in events]
         given = {"event_ids": event_ids, "versions": versions, "hashes": hashes, "lease": lease}
@@ -216,6 +216,11 @@ class Queue:
         )
         counters.stored(seconds for _, seconds in rows)
         return [event_id for event_id, _ in rows]
+
+    def _discard(self, lease: int, event_ids: Sequence[EventId]) -> None:
+        """End the claim of those of the events that are gone."""
+        with seeing_all(self._conn):
+            self._execute(queries.DISCARD, event_ids=list(event_ids), lease=lease)
 
     def fail(self, lease: int, event_ids: Sequence[EventId], reason: str) -> int:
         """Count a failed attempt: due again after a while, or parked with the reason.
@@ -255,7 +260,9 @@ class Queue:
         self, model: str | None, start: str | None, events: int, since: datetime | None = None
     ) -> SweepPage:
         """Queue what lacks a current embedding in a page of events; with `model` None, all."""
-        rows = self._execute(queries.SWEEP, model=model, start=start, events=events, since=since)
+        given = {"model": model, "start": start, "events": events, "since": since}
+        with translated(), self._conn.transaction():
+            rows = self._execute(queries.SWEEP, **given)
         return SweepPage(*rows[0])
 
     def notify(self) -> None:

@@ -8,7 +8,7 @@ import psycopg
 
 from listener import queries
 from listener.claim import EventId
-from listener.database import Connection, translated
+from listener.database import Connection, seeing_all, translated
 from listener.errors import ConnectionLost, StatementTimeout
 from listener.logs import log
 
@@ -19,7 +19,7 @@ _PARKED_SECONDS = 8
 def discard_parked(conn: Connection) -> None:
     """Drop parked events that no longer exist, unless they can't be looked at or are too many."""
     try:
-        with translated(), conn.transaction():
+        with seeing_all(conn):
             # Behind a pooler a session has no limit of its own.
             conn.execute(queries.LIMIT_STATEMENT, {"duration": f"{_PARKED_SECONDS}s"})
             conn.execute(queries.DISCARD_PARKED)
@@ -32,7 +32,7 @@ def discard_parked(conn: Connection) -> None:
 
 def delete_orphans(conn: Connection) -> int:
     """Delete embeddings whose event is gone. Returns how many; scans the whole table."""
-    with translated():
+    with seeing_all(conn):
         return conn.execute(queries.DELETE_ORPHANS).rowcount
 
 

@@ -19,9 +19,11 @@ from listener.config import Settings
 from listener.database import Connection, connect
 from listener.embedded import Server
 from listener.errors import SchemaError
+from listener.upkeep import delete_orphans
 from tests.harness import (
     SERVICE_ROLE,
     Database,
+    RunningService,
     is_asleep,
     listener,
     serve_once,
@@ -379,6 +381,36 @@ def test_row_security_that_hides_rows_from_their_owner_is_refused(
             install.verify(database.conn)
         with pytest.raises(SchemaError, match=f"public.{table} no force row level security"):
             install_in(database.conn)
+
+
+def test_row_security_that_hides_events_from_a_running_service_ends_it_and_deletes_nothing(
+    make_server: MakeServer,
+) -> None:
+    """What waits is not taken for deleted, nor is what is embedded."""
+    with plain_owner(make_server()) as (database, admin):
+        install_in(database.conn)
+        assert embeds(database, 1)
+        admin.execute("create role other")
+
+        def hide(service: RunningService) -> None:
+            wait_until(lambda: is_asleep(database))
+            admin.execute(
+                "alter table public.iot_events owner to other; "
+                "alter table public.iot_events enable row level security; "
+                "grant select on public.iot_events to plain"
+            )
+            admin.execute("insert into public.iot_events values (2, 'b')")
+            service.thread.join(20)
+
+        with pytest.raises(SchemaError, match="row-level security"), serving(database) as service:
+            hide(service)
+
+        with pytest.raises(SchemaError, match="row-level security"):
+            delete_orphans(database.conn)
+        with pytest.raises(SchemaError, match=r"public\.iot_events may hide rows"):
+            install.verify(database.conn)
+        assert database.value("select count(*) from listener.waiting") == 1
+        assert admin.execute("select count(*) from public.event_embeddings").fetchone() == (1,)
 
 
 def test_row_security_hides_nothing_from_an_owner_that_is_past_it(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import psycopg
 import pytest
 
 from listener import queries
-from listener.claim import Event
+from listener.claim import Event, SweepPage
 from listener.counters import counters
+from listener.database import Connection
 from listener.queue import Queue
 from listener.upkeep import delete_orphans, retry
 from listener.worker import LOCK_CLASS
@@ -21,6 +23,7 @@ from tests.harness import (
     TinyEmbedder,
     claimed,
     is_asleep,
+    serve_once,
     serving,
     store,
     unread,
@@ -904,3 +907,37 @@ def plan_of(database: Database, statement: str) -> str:
             return "\n".join(line for (line,) in rows)
     except psycopg.errors.SyntaxError:
         return ""
+
+
+_REWRITE = "alter table public.iot_events alter severity type varchar(40) using severity || ''"
+
+
+@pytest.mark.parametrize("level", ["read committed", "repeatable read"])
+def test_who_waited_for_a_table_to_be_rewritten_does_not_take_it_for_empty(
+    database: Database, level: str
+) -> None:
+    """A snapshot from before such DDL sees none of its rows, whatever the default level is."""
+    ids = database.insert("a", "b")
+    serve_once(database)
+    database.insert("c")
+    database.forget_queue()
+
+    def while_it_is_rewritten(run: Callable[[Connection], Any]) -> Any:
+        with (
+            database.session() as ddl,
+            database.session("waiting") as conn,
+            ThreadPoolExecutor(1) as thread,
+        ):
+            conn.execute("select set_config('default_transaction_isolation', %s, false)", [level])
+            with ddl.transaction():
+                ddl.execute(_REWRITE)
+                result = thread.submit(run, conn)
+                wait_until(lambda: database.waits("waiting"))
+            return result.result()
+
+    def sweep(conn: Connection) -> SweepPage:
+        return Queue(conn, database.settings, None).sweep(TinyEmbedder.fingerprint, None, 10)
+
+    assert while_it_is_rewritten(delete_orphans) == 0
+    assert while_it_is_rewritten(sweep) == SweepPage(scanned=3, queued=1, next_from=None)
+    assert set(database.embedded()) == set(ids)
