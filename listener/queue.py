@@ -27,8 +27,7 @@ from listener.vectors import Vectors
 # A claim in another session locks a row for a moment while passing it by, a writer until it
 # commits; the first is worth waiting for.
 _PASSING_LOCK_SECONDS = (0.005, 0.01, 0.02, 0.04)
-# An event that one holds for longer, or that reads differently now, is looked at again this much
-# later, unless a change of it comes.
+# One that is held for longer, or reads differently now, is looked at again so much later.
 _LATER_SECONDS = 0.5
 # Where listener.change begins, and how often changes are taken from there even while more follow
 # after the last ones: a transaction that began earlier may commit later, into an earlier place.
@@ -218,7 +217,6 @@ class Queue:
         return [event_id for event_id, _ in rows]
 
     def _discard(self, lease: int, event_ids: Sequence[EventId]) -> None:
-        """End the claim of those of the events that are gone."""
         with seeing_all(self._conn):
             self._execute(queries.DISCARD, event_ids=list(event_ids), lease=lease)
 
@@ -260,10 +258,9 @@ class Queue:
         self, model: str | None, start: str | None, events: int, since: datetime | None = None
     ) -> SweepPage:
         """Queue what lacks a current embedding in a page of events; with `model` None, all."""
-        given = {"model": model, "start": start, "events": events, "since": since}
+        page = {"model": model, "start": start, "events": events, "since": since}
         with translated(), self._conn.transaction():
-            rows = self._execute(queries.SWEEP, **given)
-        return SweepPage(*rows[0])
+            return SweepPage(*self._execute(queries.SWEEP, **page)[0])
 
     def notify(self) -> None:
         """Wake a worker, whatever the gate says: events were queued or given back."""
