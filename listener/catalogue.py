@@ -49,13 +49,16 @@ where a.attrelid = (
 order by a.attnum
 """
 
-# By name: to_regclass fails without usage on schema public, which the worker need not have.
+# By name: to_regclass fails without usage on the schema. The worker need not have it on public, nor
+# anybody on a schema of somebody else that has our name.
 _FACTS = """
 with in_public as materialized (
   select c.*
   from pg_catalog.pg_class c
-  join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-  where n.nspname = 'public' and c.relname in ('iot_events', 'event_embeddings')
+  where c.relnamespace = to_regnamespace('public')
+    and c.relname in ('iot_events', 'event_embeddings')
+), in_listener as materialized (
+  select c.* from pg_catalog.pg_class c where c.relnamespace = to_regnamespace('listener')
 ), unique_alone as (
   select i.indrelid, a.attname
   from pg_catalog.pg_index i
@@ -104,7 +107,7 @@ select
         and (f.relforcerowsecurity or not pg_has_role(v.oid, f.relowner, 'usage'))
       from pg_catalog.pg_roles v
       where v.oid = coalesce(
-        (select c.relowner from pg_catalog.pg_class c where c.oid = to_regclass('listener.event')),
+        (select c.relowner from in_listener c where c.relname = 'event'),
         r.oid
       )
     )
@@ -116,16 +119,19 @@ select
   coalesce(pg_has_role(o.oid, 'member'), false) as member_of_owner_role,
   exists (select from pg_catalog.pg_roles where rolname = 'listener_worker')
     as worker_role_exists,
-  to_regclass('listener.applied') is not null as installed,
+  exists (select from in_listener c where c.relname = 'applied') as installed,
   to_regnamespace('listener') is not null as schema_exists,
   exists (
     select from pg_catalog.pg_proc p
-    join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-    where n.nspname = 'listener' and p.proname = 'queue_inserted' and p.proowner = o.oid
+    where p.pronamespace = to_regnamespace('listener')
+      and p.proname = 'queue_inserted'
+      and p.proowner = o.oid
   ) as owner_role_owns,
   coalesce(
-    (select has_table_privilege(w.oid, to_regclass('listener.queue')::oid, 'insert')
+    (select has_table_privilege(w.oid, c.oid, 'insert')
+       and has_function_privilege(w.oid, i.oid, 'execute')
      from pg_catalog.pg_roles w
+     join in_listener c on c.relname = 'queue'
      where w.rolname = 'listener_worker'),
     false
   ) as worker_role_has_rights,
@@ -142,8 +148,7 @@ select
       and not a.attisdropped
   ) as embeddings_columns,
   exists (
-    select from unique_alone u
-    where u.indrelid = m.oid and u.attname = 'event_id'
+    select from unique_alone u where u.indrelid = m.oid and u.attname = 'event_id'
   ) as embeddings_key_is_unique,
   exists (
     select from pg_catalog.pg_constraint c
@@ -155,12 +160,8 @@ select
   array(
     select distinct replace(format_type(a.atttypid, null), '"', '')
     from pg_catalog.pg_attribute a
-    where a.attrelid in (
-        m.oid,
-        to_regclass('listener.queue'),
-        to_regclass('listener.change')
-      )
-      and a.attname = 'event_id'
+    left join in_listener c on c.oid = a.attrelid and c.relname in ('queue', 'change')
+    where a.attname = 'event_id' and (c.oid is not null or a.attrelid = m.oid)
   ) as event_id_types,
   coalesce(
     (select jsonb_object_agg(g.tgname, g.tgenabled::text || ' ' || n.nspname || '.' || p.proname)
@@ -170,17 +171,26 @@ select
      where g.tgrelid = t.oid and g.tgname in ('listener_inserted', 'listener_updated')),
     '{}'
   ) as triggers,
-  (select p.prosrc
-   from pg_catalog.pg_proc p
-   join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-   where n.nspname = 'listener'
-     and p.proname = 'embedding_input'
-     and p.pronargs = 1
-     and p.proargtypes[0] = t.reltype) as input_source
+  not exists (
+    select from (values ('event', t.oid), ('embedding', m.oid)) as v (name, table_oid)
+    where not exists (
+      select from in_listener c
+      join pg_catalog.pg_rewrite w on w.ev_class = c.oid
+      join pg_catalog.pg_depend d
+        on d.classid = 'pg_catalog.pg_rewrite'::regclass and d.objid = w.oid
+      where c.relname = v.name and d.refobjid = v.table_oid
+    )
+  ) as views_right,
+  i.prosrc as input_source
 from pg_catalog.pg_roles r
 left join in_public t on t.relname = 'iot_events'
 left join in_public m on m.relname = 'event_embeddings'
 left join pg_catalog.pg_roles o on o.rolname = 'listener_owner'
+left join pg_catalog.pg_proc i
+  on i.pronamespace = to_regnamespace('listener')
+  and i.proname = 'embedding_input'
+  and i.pronargs = 1
+  and i.proargtypes[0] = t.reltype
 left join (
   select n.nspname, e.extversion
   from pg_catalog.pg_extension e
@@ -238,6 +248,7 @@ class Facts:
     embeddings_go_with_events: bool
     event_id_types: list[str]
     triggers: dict[str, str]
+    views_right: bool
     input_source: str | None
     columns: tuple[Column, ...] = ()
 

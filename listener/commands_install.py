@@ -88,18 +88,31 @@ def uninstall_command(drop_embeddings: bool) -> None:
     require_reports_dir(settings)
     with connect(settings, "listener-uninstall") as conn:
         before = read_facts(conn)
-        if not (before.schema_exists or before.triggers or before.embeddings_type):
+        has_embeddings = before.embeddings_type is not None
+        if not (before.schema_exists or before.triggers or (drop_embeddings and has_embeddings)):
             say(f"nothing to do: the listener is not installed in database {before.database}")
             return
         plan = install.plan_uninstall(before, drop_embeddings)
         install.apply_plan(conn, plan, say)
         after = read_facts(conn)
+    notes = [
+        f"role {role} stays: something else depends on it, in another database or by a grant of "
+        "yours, or it is not yours to drop"
+        for role, stays in (
+            ("listener_owner", after.owner_role_exists),
+            ("listener_worker", after.worker_role_exists),
+        )
+        if stays
+    ]
     report = Report(
         "uninstall",
         facts_lines(before),
-        [step.line for step in plan.steps],
+        [step.line for step in plan.steps] + notes,
         facts_lines(after),
         "`listener install`, with the `--columns` of before, or your own embedding_input created "
         "again; then `listener backfill --all`." + _input_before(before),
     )
-    say(f"uninstalled; report in {write_report(settings, report)}")
+    path = write_report(settings, report)
+    for note in notes:
+        say(f"note: {note}")
+    say(f"uninstalled; report in {path}")

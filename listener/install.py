@@ -121,9 +121,12 @@ def _choose(
 
 
 def _is_whole(facts: Facts) -> bool:
-    """Whether triggers, foreign key and function are there, and of the table of that name."""
+    """Whether triggers, foreign key, views and function are there, of the tables so named."""
     return (
-        facts.triggers_right and facts.embeddings_go_with_events and facts.input_source is not None
+        facts.triggers_right
+        and facts.embeddings_go_with_events
+        and facts.views_right
+        and facts.input_source is not None
     )
 
 
@@ -243,9 +246,9 @@ def verify(conn: Connection) -> Facts:
         )
     if not _is_whole(facts):
         raise SchemaError(
-            "listener.embedding_input or the foreign key of event_embeddings is missing, or of "
-            "another table than public.iot_events; run `listener install`, then "
-            "`listener backfill --all`"
+            "listener.embedding_input, a view of schema listener or the foreign key of "
+            "event_embeddings is missing, or of another table than public.iot_events and "
+            "public.event_embeddings; run `listener install`, then `listener backfill --all`"
         )
     return facts
 

@@ -613,7 +613,7 @@ PARKED_COUNT = "select count(*) from listener.queue q where q.due_at = 'infinity
 
 # --- checks ------------------------------------------------------------------------------------
 
-CLOCK = "select extract(epoch from clock_timestamp())::float8"
+CLOCK = "select extract(epoch from clock_timestamp())"
 
 # Which of the vector indexes the operator of listener.nearest can use.
 VECTOR_INDEXES = """

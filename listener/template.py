@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from psycopg import sql
@@ -85,15 +87,22 @@ def placeholders(facts: Facts, columns: Sequence[str]) -> dict[str, str]:
     assert facts.key is not None  # noqa: S101  require_installable has looked
     key_type = _with_schema(facts.key.type)
     vector_schema = sql.Identifier(facts.vector_schema or facts.new_vector_schema).as_string()
+    text = expression(columns)
     return {
         "key_type": key_type,
         "vector_schema": vector_schema,
         "vector": f"{vector_schema}.vector",
         "gate_key": str(GATE_KEY),
         "worker_lock_class": str(LOCK_CLASS),
-        "expression": expression(columns),
+        "expression": text,
+        "quote": _quote(text),
         **_order(facts, key_type),
     }
+
+
+def _quote(text: str) -> str:
+    """A dollar quote that isn't in the text, in which columns' names are."""
+    return next(quote for n in count() if (quote := f"${'_' * n}$") not in text)
 
 
 def _with_schema(key_type: str) -> str:
@@ -134,7 +143,5 @@ def _order(facts: Facts, key_type: str) -> dict[str, str]:
 
 
 def fill(text: str, values: dict[str, str]) -> str:
-    """Replace every @name@."""
-    for name, value in values.items():
-        text = text.replace(f"@{name}@", value)
-    return text
+    """Replace every @name@ of the text, but none in what is put there."""
+    return re.sub(r"@(\w+)@", lambda found: values[found[1]], text)

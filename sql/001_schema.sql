@@ -1,7 +1,14 @@
 -- The private schema: what changed, what waits to be embedded, who is embedding, what was installed.
 -- Every file here may be run again.
 
-create schema if not exists listener;
+-- "if not exists" would demand the right to create one, although it exists.
+do $$
+begin
+  if to_regnamespace('listener') is null then
+    create schema listener;
+  end if;
+end
+$$;
 
 comment on schema listener is
   'iot-event-listener: queue and functions. Private; readers use public.event_embeddings.';

@@ -14,19 +14,23 @@ declare
   v_role name;
   v_must_close boolean := to_regclass('public.event_embeddings') is null;
   v_lacks_key boolean;
+  v_lacks_policy boolean;
 begin
-  create table if not exists public.event_embeddings (
-    event_id      @key_type@ not null,
-    embedding     @vector@(384) not null,
-    model         text not null,
-    content_hash  bytea not null,
-    embedded_at   timestamptz not null default now(),
-    -- Without a name: that of a table which made way for this one may be taken.
-    primary key (event_id),
-    -- on update cascade: a writer that renumbers an event is not refused because of us.
-    constraint event_embeddings_event_id_fkey foreign key (event_id)
-      references public.iot_events (id) on update cascade on delete cascade
-  );
+  -- "if not exists" would demand the right to create there, although it exists.
+  if v_must_close then
+    create table public.event_embeddings (
+      event_id      @key_type@ not null,
+      embedding     @vector@(384) not null,
+      model         text not null,
+      content_hash  bytea not null,
+      embedded_at   timestamptz not null default now(),
+      -- Without a name: that of a table which made way for this one may be taken.
+      primary key (event_id),
+      -- on update cascade: a writer that renumbers an event is not refused because of us.
+      constraint event_embeddings_event_id_fkey foreign key (event_id)
+        references public.iot_events (id) on update cascade on delete cascade
+    );
+  end if;
   -- A table that was restored without the policy, too; where it has the policy, it was you who switched
   -- row security off.
   v_must_close := v_must_close or not exists (
@@ -50,7 +54,24 @@ begin
     add constraint event_embeddings_event_id_fkey foreign key (event_id)
       references public.iot_events (id) on update cascade on delete cascade not valid;
   end if;
-  if v_must_close or v_lacks_key then
+  -- It went with the former table, or still asks that one.
+  v_lacks_policy := v_lacks_key and (
+    not exists (
+      select from pg_catalog.pg_policy p where p.polrelid = 'public.event_embeddings'::regclass
+    )
+    or exists (
+      select from pg_catalog.pg_policy p
+      join pg_catalog.pg_depend d
+        on d.classid = 'pg_catalog.pg_policy'::regclass
+        and d.objid = p.oid
+        and d.refclassid = 'pg_catalog.pg_class'::regclass
+      where p.polrelid = 'public.event_embeddings'::regclass
+        and p.polname = 'event_embeddings_as_events'
+        and d.refobjid <> p.polrelid
+      having pg_catalog.bool_and(d.refobjid <> 'public.iot_events'::regclass)
+    )
+  );
+  if v_must_close or v_lacks_policy then
     drop policy if exists event_embeddings_as_events on public.event_embeddings;
     create policy event_embeddings_as_events on public.event_embeddings
     for select

@@ -18,7 +18,7 @@ begin
       execute pg_catalog.format('drop role %I', v_role);
     exception
       when dependent_objects_still_exist or insufficient_privilege then
-        raise notice 'role % stays: another database uses it, or it is not yours', v_role;
+        null;
     end;
   end loop;
 end

@@ -220,6 +220,20 @@ def test_an_uninstall_where_nothing_is_installed_says_so(
     assert "nothing to do: the listener is not installed in database" in finished.stderr
 
 
+def test_an_uninstall_says_which_role_stays(database: Database, tmp_path: Path) -> None:
+    """As one that may read a table of the operator's, for an embedding_input of theirs."""
+    database.rows("create table public.devices (name text)")
+    database.rows("grant select on public.devices to listener_worker")
+    settings = replace(database.owner, reports_dir=tmp_path)
+
+    first, second = listener(settings, "uninstall"), listener(settings, "uninstall")
+
+    assert "note: role listener_worker stays" in first.stderr
+    assert "nothing to do" in second.stderr
+    (report,) = tmp_path.glob("*_uninstall.md")
+    assert "role listener_worker stays" in report.read_text()
+
+
 def test_uninstall_leaves_iot_events_as_it_was(new_database: NewDatabase) -> None:
     """Triggers, constraints, columns, rights: nothing of ours stays."""
     with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
@@ -601,6 +615,29 @@ def test_a_table_in_the_place_of_event_embeddings_may_be_renamed(database: Datab
     install_in(database.conn)
 
     install.verify(database.conn)
+
+
+def test_a_table_of_the_operators_in_the_place_of_event_embeddings_is_taken_over(
+    database: Database,
+) -> None:
+    """As one that was rebuilt by hand; until then the service would write into the former one."""
+    constraint = "constraint event_embeddings_event_id_fkey"
+    for statement in (
+        "alter table public.event_embeddings rename to old_embeddings",
+        f"alter table public.old_embeddings drop {constraint}",
+        "create table public.event_embeddings (like public.old_embeddings including all)",
+        f"alter table public.event_embeddings add {constraint} "
+        "foreign key (event_id) references public.iot_events on delete cascade",
+    ):
+        database.rows(statement)
+    with pytest.raises(SchemaError, match="a view of schema listener"):
+        install.verify(database.conn)
+
+    install_in(database.conn)
+
+    database.insert("a")
+    serve_once(database)
+    assert len(database.embedded()) == 1
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,18 @@ def test_columns_with_the_names_of_our_aliases_are_columns_like_others(
         database.assert_invariant()
 
 
+def test_columns_with_names_that_mean_something_to_an_install_are_columns_like_others(
+    new_database: NewDatabase,
+) -> None:
+    """The mark that ends a function's text, and what stands for a value in the files of sql/."""
+    columns = 'id bigint primary key, "price $$ end" text, "@newest_first@" text, "@other@" text'
+    with new_database() as url, with_events(url, columns) as database:
+        install_in(database.conn)
+        database.rows("insert into public.iot_events values (1, 'a', 'b', 'c')")
+
+        assert database.value(_TEXT) == "price $$ end: a\n@newest_first@: b\n@other@: c"
+
+
 def test_columns_with_the_names_of_our_parameters_are_columns_like_others(
     new_database: NewDatabase,
 ) -> None:

@@ -354,6 +354,42 @@ def test_the_operators_policies_and_grants_outlive_an_install(database: Database
     assert policies == [("mine",)]
 
 
+def test_a_policy_of_the_operators_outlives_another_constraint_of_the_key(
+    database: Database,
+) -> None:
+    """What the foreign key needs is not the policies' business, even under the name of ours."""
+    with role(database, "analyst") as analyst:
+        database.rows(f"grant select on public.event_embeddings, public.iot_events to {analyst}")
+        database.rows(
+            "alter policy event_embeddings_as_events on public.event_embeddings using (false)"
+        )
+        database.insert("a")
+        serve_once(database)
+        database.rows(
+            "alter table public.event_embeddings drop constraint event_embeddings_event_id_fkey"
+        )
+
+        install_in(database.conn)
+
+        assert seen_by(database, analyst) == []
+
+
+def test_an_install_gives_back_the_right_to_a_text_that_was_made_anew(database: Database) -> None:
+    """Where nobody may execute a function that nobody was granted."""
+    database.rows("alter default privileges revoke execute on functions from public")
+    database.rows(
+        "drop function listener.embedding_input cascade; "
+        "create function listener.embedding_input(event public.iot_events) "
+        "returns text language sql stable as $$ select event.message $$"
+    )
+
+    install_in(database.conn)
+
+    database.insert("a")
+    serve_once(database)
+    assert len(database.embedded()) == 1
+
+
 def test_a_table_that_the_operator_opened_stays_open(database: Database) -> None:
     """To switch row-level security on again would cut readers off."""
     database.rows("alter table public.event_embeddings disable row level security")
@@ -590,6 +626,30 @@ def test_an_upgrade_closes_what_was_open(database: Database) -> None:
     database.insert("a")
     with serving(database):
         database.wait_for_rest()
+
+
+def test_a_schema_listener_that_is_closed_to_the_installer_is_named(
+    make_server: MakeServer,
+) -> None:
+    """As one of somebody else normally is; a right on it is not what is missing."""
+    with plain_owner(make_server()) as (database, admin):
+        admin.execute("create role other; create schema listener authorization other")
+
+        with pytest.raises(SchemaError, match="schema listener belongs to a role"):
+            install_in(database.conn)
+        with pytest.raises(SchemaError, match="is not this listener's"):
+            uninstall_in(database.conn, drop_embeddings=False)
+
+
+def test_an_install_needs_no_right_to_create_what_is_there(make_server: MakeServer) -> None:
+    """Somebody may have taken it back after the first."""
+    with plain_owner(make_server()) as (database, admin):
+        install_in(database.conn)
+        admin.execute("revoke create on database postgres from plain")
+        admin.execute("revoke create on schema public from plain")
+        database.rows("alter table public.iot_events disable trigger listener_inserted")
+
+        install_in(database.conn)
 
 
 def test_an_uninstall_takes_roles_and_rights_and_leaves_the_login_role(

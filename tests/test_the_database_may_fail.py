@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -251,6 +252,14 @@ def test_a_session_that_the_server_ends_for_its_transaction_is_a_lost_connection
 
         with pytest.raises(ConnectionLost):
             read_clock(conn)
+
+
+def test_the_clock_is_read_to_the_second_whatever_numbers_look_like(database: Database) -> None:
+    """A database may have its floats with few digits."""
+    with database.session() as conn:
+        conn.execute("set extra_float_digits = -15")
+
+        assert read_clock(conn) == pytest.approx(time.time(), abs=60)
 
 
 def test_a_service_that_loses_a_deadlock_goes_on_and_no_event_is_blamed(
