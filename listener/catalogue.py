@@ -121,10 +121,10 @@ select
     as worker_role_exists,
   exists (select from in_listener c where c.relname = 'applied') as installed,
   to_regnamespace('listener') is not null as schema_exists,
+  coalesce(has_schema_privilege(to_regnamespace('listener'), 'usage'), false) as may_use_schema,
   exists (
     select from pg_catalog.pg_proc p
-    where p.pronamespace = to_regnamespace('listener')
-      and p.proname = 'queue_inserted'
+    where p.pronamespace = to_regnamespace('listener') and p.proname = 'queue_inserted'
       and p.proowner = o.oid
   ) as owner_role_owns,
   coalesce(
@@ -176,8 +176,7 @@ select
     where not exists (
       select from in_listener c
       join pg_catalog.pg_rewrite w on w.ev_class = c.oid
-      join pg_catalog.pg_depend d
-        on d.classid = 'pg_catalog.pg_rewrite'::regclass and d.objid = w.oid
+      join pg_catalog.pg_depend d on d.classid = w.tableoid and d.objid = w.oid
       where c.relname = v.name and d.refobjid = v.table_oid
     )
   ) as views_right,
@@ -240,6 +239,7 @@ class Facts:
     worker_role_exists: bool
     installed: bool
     schema_exists: bool
+    may_use_schema: bool
     owner_role_owns: bool
     worker_role_has_rights: bool
     embeddings_type: str | None

@@ -238,6 +238,11 @@ def verify(conn: Connection) -> Facts:
     facts = read_facts(conn)
     if not (facts.installed and facts.embeddings_type):
         raise SchemaError("the listener is not installed in this database; run `listener install`")
+    if not facts.may_use_schema:
+        raise SchemaError(
+            f"role {facts.role} may not use schema listener; grant listener_worker to it, or "
+            "connect as the one that installed"
+        )
     if problem := embeddings_problem(facts) or hidden_problem(facts):
         raise SchemaError(problem)
     if not facts.triggers_right:

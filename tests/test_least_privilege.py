@@ -689,7 +689,7 @@ def test_check_as_a_role_without_any_right_names_the_grant(
         finished = listener(replace(database.settings, database_url=url), "check", check=False)
 
     assert finished.returncode == 3
-    assert re.search("^FAIL +rights .*grant listener_worker", finished.stdout, re.MULTILINE)
+    assert re.search("^FAIL +schema .*grant listener_worker", finished.stdout, re.MULTILINE)
 
 
 def test_check_as_the_worker_names_its_role(database: Database, static_model: object) -> None:
