@@ -177,7 +177,7 @@ select
       select from in_listener c
       join pg_catalog.pg_rewrite w on w.ev_class = c.oid
       join pg_catalog.pg_depend d on d.classid = w.tableoid and d.objid = w.oid
-      where c.relname = v.name and d.refobjid = v.table_oid
+      where c.relname = v.name and d.refobjid = v.table_oid and d.refobjsubid > 0
     )
   ) as views_right,
   i.prosrc as input_source

@@ -97,7 +97,7 @@ def uninstall_command(drop_embeddings: bool) -> None:
         after = read_facts(conn)
     notes = [
         f"role {role} stays: something else depends on it, in another database or by a grant of "
-        "yours, or it is not yours to drop"
+        f"yours, or it is not yours to drop; when that is gone, `drop role {role}`"
         for role, stays in (
             ("listener_owner", after.owner_role_exists),
             ("listener_worker", after.worker_role_exists),

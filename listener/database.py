@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,7 +111,7 @@ def connect(
     # Strings as text, not as unknown, so that a list of text keys is an array to unnest.
     conn.adapters.register_dumper(str, StrDumper)
     conn.answer_seconds = _ANSWER_SECONDS if as_service else answer_seconds
-    # Of transactions: a snapshot from before a table was rewritten shows it empty.
+    # Of transactions; a command has the database's default otherwise.
     conn.isolation_level = IsolationLevel.READ_COMMITTED
     if not as_service:
         # It may be a transaction pooler's, where the next server doesn't know what was prepared.
@@ -136,15 +136,20 @@ def notice_loss(conn: Connection) -> None:
         conn.pgconn.consume_input()
 
 
-@contextmanager
-def seeing_all(conn: Connection) -> Iterator[None]:
-    """A transaction for what deletes by the absence of an event.
+def with_all_events(
+    conn: Connection, statement: str, parameters: Mapping[str, object] | None = None
+) -> psycopg.Cursor[Any]:
+    """Run a statement that takes events for gone, or for the last, where it doesn't see them.
 
-    Raises SchemaError, rather than take an event for gone that row-level security hides.
+    Raises SchemaError where row-level security would hide some. In one message, and so in one
+    transaction that the server ends, even where this side has stopped.
     """
-    with translated(), conn.transaction():
-        conn.execute(queries.SEE_ALL)
-        yield
+    with translated():
+        cursor = psycopg.ClientCursor(conn)
+        cursor.execute(queries.WITH_ALL_EVENTS + statement, parameters)
+        while cursor.nextset():
+            pass
+        return cursor
 
 
 def read_clock(conn: Connection) -> float:

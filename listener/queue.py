@@ -18,7 +18,7 @@ from listener.blame import in_parts, require_input, works_without_events
 from listener.claim import Claim, Event, EventId, SweepPage, Vector
 from listener.config import Settings
 from listener.counters import counters
-from listener.database import Connection, notice_loss, seeing_all, translated
+from listener.database import Connection, notice_loss, translated, with_all_events
 from listener.errors import ConnectionLost, LostOverEvents, SchemaError
 from listener.health import health
 from listener.logs import log
@@ -217,8 +217,8 @@ class Queue:
         return [event_id for event_id, _ in rows]
 
     def _discard(self, lease: int, event_ids: Sequence[EventId]) -> None:
-        with seeing_all(self._conn):
-            self._execute(queries.DISCARD, event_ids=list(event_ids), lease=lease)
+        health.progressed()
+        with_all_events(self._conn, queries.DISCARD, {"event_ids": list(event_ids), "lease": lease})
 
     def fail(self, lease: int, event_ids: Sequence[EventId], reason: str) -> int:
         """Count a failed attempt: due again after a while, or parked with the reason.
@@ -259,8 +259,8 @@ class Queue:
     ) -> SweepPage:
         """Queue what lacks a current embedding in a page of events; with `model` None, all."""
         page = {"model": model, "start": start, "events": events, "since": since}
-        with translated(), self._conn.transaction():
-            return SweepPage(*self._execute(queries.SWEEP, **page)[0])
+        health.progressed()
+        return SweepPage(*with_all_events(self._conn, queries.SWEEP, page).fetchall()[0])
 
     def notify(self) -> None:
         """Wake a worker, whatever the gate says: events were queued or given back."""

@@ -8,7 +8,7 @@ import psycopg
 
 from listener import queries
 from listener.claim import EventId
-from listener.database import Connection, seeing_all, translated
+from listener.database import Connection, translated, with_all_events
 from listener.errors import ConnectionLost, StatementTimeout
 from listener.logs import log
 
@@ -19,10 +19,9 @@ _PARKED_SECONDS = 8
 def discard_parked(conn: Connection) -> None:
     """Drop parked events that no longer exist, unless they can't be looked at or are too many."""
     try:
-        with seeing_all(conn):
-            # Behind a pooler a session has no limit of its own.
-            conn.execute(queries.LIMIT_STATEMENT, {"duration": f"{_PARKED_SECONDS}s"})
-            conn.execute(queries.DISCARD_PARKED)
+        # Behind a pooler a session has no limit of its own.
+        limited = queries.LIMIT_STATEMENT + ";" + queries.DISCARD_PARKED
+        with_all_events(conn, limited, {"duration": f"{_PARKED_SECONDS}s"})
     except (StatementTimeout, ConnectionLost, psycopg.Error) as error:
         # One that is parked because the server can't read it fails here, too.
         if conn.closed:
@@ -32,8 +31,7 @@ def discard_parked(conn: Connection) -> None:
 
 def delete_orphans(conn: Connection) -> int:
     """Delete embeddings whose event is gone. Returns how many; scans the whole table."""
-    with seeing_all(conn):
-        return conn.execute(queries.DELETE_ORPHANS).rowcount
+    return with_all_events(conn, queries.DELETE_ORPHANS).rowcount
 
 
 def retry(conn: Connection, event_ids: list[EventId] | None) -> list[EventId]:

@@ -14,7 +14,6 @@ declare
   v_role name;
   v_must_close boolean := to_regclass('public.event_embeddings') is null;
   v_lacks_key boolean;
-  v_lacks_policy boolean;
 begin
   -- "if not exists" would demand the right to create there, although it exists.
   if v_must_close then
@@ -54,27 +53,32 @@ begin
     add constraint event_embeddings_event_id_fkey foreign key (event_id)
       references public.iot_events (id) on update cascade on delete cascade not valid;
   end if;
-  -- It went with the former table, or still asks that one.
-  v_lacks_policy := v_lacks_key and (
-    not exists (
-      select from pg_catalog.pg_policy p where p.polrelid = 'public.event_embeddings'::regclass
-    )
-    or exists (
+  if v_must_close or (
+    -- It went with the former table.
+    v_lacks_key and not exists (
       select from pg_catalog.pg_policy p
-      join pg_catalog.pg_depend d
-        on d.classid = 'pg_catalog.pg_policy'::regclass
-        and d.objid = p.oid
-        and d.refclassid = 'pg_catalog.pg_class'::regclass
       where p.polrelid = 'public.event_embeddings'::regclass
-        and p.polname = 'event_embeddings_as_events'
-        and d.refobjid <> p.polrelid
-      having pg_catalog.bool_and(d.refobjid <> 'public.iot_events'::regclass)
+        and p.polpermissive
+        and p.polcmd in ('r', '*')
     )
-  );
-  if v_must_close or v_lacks_policy then
+  ) then
     drop policy if exists event_embeddings_as_events on public.event_embeddings;
     create policy event_embeddings_as_events on public.event_embeddings
     for select
+    using (exists (select from public.iot_events e where e.id = event_embeddings.event_id));
+  elsif exists (
+    -- It is as it was made, and asks the former table.
+    select from pg_catalog.pg_policy p
+    where p.polrelid = 'public.event_embeddings'::regclass
+      and p.polname = 'event_embeddings_as_events'
+      and pg_catalog.pg_get_expr(p.polqual, p.polrelid) like
+        '(EXISTS ( SELECT%FROM % e%WHERE (e.id = event_embeddings.event_id)))'
+      and not exists (
+        select from pg_catalog.pg_depend d
+        where d.classid = p.tableoid and d.objid = p.oid and d.refobjid = 'public.iot_events'::regclass
+      )
+  ) then
+    alter policy event_embeddings_as_events on public.event_embeddings
     using (exists (select from public.iot_events e where e.id = event_embeddings.event_id));
   end if;
   if not v_must_close then

@@ -148,8 +148,6 @@ volatile
 set search_path = ''
 as $$
 begin
-  -- If this waits for DDL that rewrites the table, then a snapshot from before would find it empty.
-  perform from listener.event limit 0;
   return query
   with page as materialized (
     select * from listener.page(p_model, p_from, p_limit, p_since)

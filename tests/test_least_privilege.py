@@ -354,14 +354,20 @@ def test_the_operators_policies_and_grants_outlive_an_install(database: Database
     assert policies == [("mine",)]
 
 
+@pytest.mark.parametrize(
+    "policy",
+    ["using (false)", "using (exists (select from public.allowed))", "to listener_owner"],
+)
 def test_a_policy_of_the_operators_outlives_another_constraint_of_the_key(
-    database: Database,
+    database: Database, policy: str
 ) -> None:
     """What the foreign key needs is not the policies' business, even under the name of ours."""
+    database.rows("create table public.allowed (name text)")
     with role(database, "analyst") as analyst:
-        database.rows(f"grant select on public.event_embeddings, public.iot_events to {analyst}")
+        tables = "public.event_embeddings, public.iot_events, public.allowed"
+        database.rows(f"grant select on {tables} to {analyst}")
         database.rows(
-            "alter policy event_embeddings_as_events on public.event_embeddings using (false)"
+            f"alter policy event_embeddings_as_events on public.event_embeddings {policy}"
         )
         database.insert("a")
         serve_once(database)
@@ -372,6 +378,26 @@ def test_a_policy_of_the_operators_outlives_another_constraint_of_the_key(
         install_in(database.conn)
 
         assert seen_by(database, analyst) == []
+
+
+@pytest.mark.parametrize(
+    "other", ["as restrictive using (true)", "for delete using (true)", None], ids=str
+)
+def test_our_policy_comes_back_when_it_went_with_the_table(
+    new_database: NewDatabase, other: str | None
+) -> None:
+    """Whatever policies of the operator's there are that let nobody read."""
+    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
+        install_in(database.conn)
+        if other:
+            database.rows(f"create policy other on public.event_embeddings {other}")
+        database.rows("drop table public.iot_events cascade")
+        database.rows("create table public.iot_events (id bigint primary key, message text)")
+
+        install_in(database.conn)
+
+        policies = {name for (name,) in database.rows("select polname from pg_policy")}
+        assert "event_embeddings_as_events" in policies
 
 
 def test_an_install_gives_back_the_right_to_a_text_that_was_made_anew(database: Database) -> None:

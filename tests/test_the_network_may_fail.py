@@ -10,9 +10,10 @@ from contextlib import contextmanager
 import pytest
 from tenacity import wait_fixed
 
-from listener.database import _LIVELINESS, connect
+from listener.database import _LIVELINESS, Connection, connect
 from listener.embedded import Server
 from listener.errors import ConnectionLost
+from listener.queue import Queue
 from tests.harness import (
     DEADLINE_SECONDS,
     Database,
@@ -62,6 +63,36 @@ def test_reset_connections_are_replaced(server: Server, database: Database) -> N
 
         assert len(database.embedded()) == 5
         database.assert_invariant()
+
+
+def test_a_client_that_vanishes_in_mid_sweep_leaves_no_transaction_open(
+    server: Server, database: Database
+) -> None:
+    """As a laptop whose lid is closed: others would wait for the locks of its page for long."""
+    database.insert("a", "b")
+    database.forget_queue()
+
+    def sweep(conn: Connection) -> None:
+        Queue(conn, database.settings, None).sweep("another", None, 10)
+
+    with (
+        behind_proxy(server, database) as (proxy, seen_by_client),
+        seen_by_client.service_session("sweeping") as conn,
+        database.session() as ddl,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        with ddl.transaction():
+            ddl.execute("lock table public.iot_events in access exclusive mode")
+            swept = thread.submit(sweep, conn)
+            wait_until(lambda: database.waits("sweeping"))
+            proxy.black_hole()
+
+        wait_until(lambda: len(database.queue()) == 2)
+        state = "select state from pg_stat_activity where application_name = 'sweeping'"
+        wait_until(lambda: database.value(state) == "idle")
+        proxy.reset()
+        with pytest.raises(ConnectionLost):
+            swept.result()
 
 
 def test_a_black_hole_is_noticed_in_time_and_recovered_from(
