@@ -11,10 +11,12 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from wsgiref.simple_server import demo_app
 
 import pytest
@@ -23,9 +25,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from listener import queries
 from listener.config import Settings
+from listener.counters import Histogram
+from listener.database import connect
 from listener.embedded import Server
-from listener.endpoint import _Handler, _listen, start_endpoint
-from listener.errors import ConfigError
+from listener.endpoint import _MOST_THREADS, _Handler, _listen, start_endpoint
+from listener.errors import ConfigError, ListenerError
+from listener.health import health
 from listener.metrics import make_registry
 from tests.harness import (
     DEADLINE_SECONDS,
@@ -143,6 +148,16 @@ def test_a_backfill_is_counted_but_has_no_latency(
     wait_until(lambda: endpoint.value("listener_coverage_ratio") == 1)
 
 
+def test_a_value_is_counted_at_the_first_bound_that_holds_it() -> None:
+    """And one that is beyond them all at none, so that a lag of days is not shown as an hour."""
+    histogram = Histogram((1.0, 2.0))
+
+    for value in (0.5, 1.0, 1.5, 2.0, 3.0):
+        histogram.observe(value)
+
+    assert (histogram.counts, histogram.total) == ([2, 2, 1], 8.0)
+
+
 def test_a_scrape_is_answered_while_the_model_runs(
     database: Database, watch: Callable[..., Endpoint]
 ) -> None:
@@ -163,6 +178,23 @@ def test_a_scrape_is_answered_while_the_model_runs(
     assert values["listener_oldest_pending_seconds[live]"] > 0
     assert values["listener_parked_events"] == 1
     assert (endpoint.status("/readyz"), endpoint.status("/healthz")) == (200, 200)
+
+
+def test_the_age_of_what_waits_is_told_by_lane(database: Database) -> None:
+    """The alert is about the live one; a backfill may take days."""
+    live, old = database.insert("new", "old")
+    database.forget_queue()
+    database.rows(
+        "insert into listener.queue (event_id, lane, queued_at) "
+        "values (%s, 0, now() - interval '100 s'), (%s, 1, now() - interval '1 day')",
+        live,
+        old,
+    )
+    registry = make_registry(database.settings)
+
+    age = partial(registry.get_sample_value, "listener_oldest_pending_seconds")
+
+    assert 100 <= (age({"lane": "live"}) or 0) < 86_400 <= (age({"lane": "backfill"}) or 0)
 
 
 def test_a_terminated_connection_is_a_reconnect(
@@ -303,6 +335,61 @@ def test_no_scrape_waits_on_at_the_server_for_somebodys_lock(
         wait_until(lambda: not database.value(sessions))
 
 
+def threads_of_scrapes() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "metrics"}
+
+
+def test_of_scrapes_that_get_no_answer_only_the_first_asks(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would leave a thread and a connection behind until the database speaks again."""
+    monkeypatch.setattr("listener.metrics._PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("listener.metrics._GAUGES_SECONDS", 0.0)
+    with database.session() as migration, migration.transaction():
+        migration.execute("lock table listener.queue in access exclusive mode")
+        registry = make_registry(database.settings)
+        # Those of an earlier test may not have ended yet.
+        before = threads_of_scrapes()
+
+        for _ in range(3):
+            assert registry.get_sample_value("listener_database_up") == 0
+
+        assert len(threads_of_scrapes() - before) == 1
+    wait_until(lambda: not threads_of_scrapes())
+
+
+def test_the_database_is_asked_again_only_when_its_answer_is_old(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two scrapers, or an impatient one, cost it one's queries, also where it fails them."""
+    monkeypatch.setattr("listener.metrics._PATIENCE_SECONDS", DEADLINE_SECONDS)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("listener.metrics.time", SimpleNamespace(monotonic=lambda: clock.now))
+    asked: list[str] = []
+
+    def counted(*arguments: object, **options: object) -> object:
+        asked.append("once more")
+        return connect(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("listener.metrics.connect", counted)
+    monkeypatch.setattr(health, "serves", "a model")
+    registry = make_registry(database.settings)
+    is_up = partial(registry.get_sample_value, "listener_database_up")
+
+    wait_until(lambda: registry.get_sample_value("listener_coverage_ratio") == 1)
+    assert len(asked) == 2, "the numbers and, on its own, the coverage"
+
+    # Not yet of the coverage, which takes longer than the rest.
+    clock.now = 30.0
+    assert [is_up(), is_up()] == [1, 1]
+    assert len(asked) == 3
+
+    monkeypatch.setattr(queries, "GAUGES", "select 1 / 0")
+    clock.now = 60.0
+    assert [is_up(), is_up()] == [0, 0]
+    assert len(asked) == 4
+
+
 def test_a_loop_that_hangs_is_not_healthy(
     database: Database, watch: Callable[..., Endpoint]
 ) -> None:
@@ -384,6 +471,27 @@ def test_a_port_that_is_not_to_be_had_is_one_clear_line(
     assert f"METRICS_HOST={host} METRICS_PORT={port} can't be listened on" in line
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(socket.EAI_AGAIN, 1), (socket.EAI_NONAME, 2)],
+    ids=["nobody answers", "no such name"],
+)
+def test_a_name_that_nobody_can_be_asked_for_may_be_known_later(
+    monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    """As when a machine starts; on exit 2 the service would stay down."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise socket.gaierror(number, "why")
+
+    monkeypatch.setattr("socket.getaddrinfo", fails)
+
+    with pytest.raises(ListenerError, match="can't be listened on") as refused:
+        _listen(Settings(metrics_port=free_port()), demo_app)
+
+    assert refused.value.exit_code == code
+
+
 def test_a_client_that_leaves_is_no_line_in_the_log(
     database: Database, watch: Callable[..., Endpoint]
 ) -> None:
@@ -413,6 +521,35 @@ def test_a_client_that_says_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -
         server.handle_request()
 
         assert client.recv(1) == b""
+
+
+def test_where_there_are_many_clients_another_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each has a thread for as long as it likes."""
+    monkeypatch.setattr("threading.active_count", lambda: _MOST_THREADS)
+    monkeypatch.setattr(_Handler, "timeout", 3 * DEADLINE_SECONDS)
+
+    with (
+        _listen(Settings(metrics_port=free_port()), demo_app) as server,
+        socket.create_connection(("127.0.0.1", server.server_port), DEADLINE_SECONDS) as client,
+    ):
+        server.handle_request()
+
+        assert client.recv(1) == b""
+
+
+def test_no_client_holds_up_the_end_of_the_process() -> None:
+    """One that says a byte now and then would do so for ever; Python waits for other threads."""
+    before = set(threading.enumerate())
+    with (
+        _listen(Settings(metrics_port=free_port()), demo_app) as server,
+        socket.create_connection(("127.0.0.1", server.server_port), DEADLINE_SECONDS),
+    ):
+        server.handle_request()
+
+        (client,) = set(threading.enumerate()) - before
+        assert client.daemon
 
 
 def test_a_port_beyond_all_ports_is_refused() -> None:

@@ -26,6 +26,23 @@ def test_the_view_tells_what_waits_by_lane_and_what_is_parked(database: Database
     assert database.value("select pending from listener.status") == database.value(queries.PENDING)
 
 
+def test_an_event_that_changes_all_the_time_is_as_old_as_the_first_change_that_waits(
+    database: Database,
+) -> None:
+    """By the last one, no alert would tell of a service that is away while devices go on."""
+    database.insert("a")
+    database.rows("update listener.change set changed_at = now() - interval '100 s'")
+    database.rows("update public.iot_events set message = 'b'")
+
+    (found,) = database.rows(
+        "select pending_live, oldest_live_seconds, oldest_pending_seconds from listener.status"
+    )
+
+    assert found[0] == 1
+    assert found[1] >= 100
+    assert found[2] >= 100
+
+
 def test_status_lists_no_event_as_parked_that_has_changed_since(database: Database) -> None:
     """It counts as pending."""
     parked, changed = database.insert("parked", "changed")
