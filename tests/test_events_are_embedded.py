@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.harness import Database, TinyEmbedder, is_asleep, serving, vector_of, wait_until
+from tests.test_install import install_in
 
 PREFIX = "event_type: status\nseverity: info\nmessage: "
 
@@ -44,6 +45,20 @@ def test_an_update_of_another_column_encodes_nothing(database: Database) -> None
     database.rows("update public.iot_events set device_id = 'pump-2'")
 
     assert database.queue() == []
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "hot"), ("hot", None)])
+def test_a_text_that_comes_or_goes_is_a_change(
+    database: Database, before: str | None, after: str | None
+) -> None:
+    """One column stands bare, so that its event has no text while the column is null."""
+    install_in(database.conn, ["message"])
+    (event,) = database.insert(before)
+    database.forget_queue()
+
+    database.rows("update public.iot_events set message = %s", after)
+
+    assert database.rows("select event_id from listener.change") == [(event,)]
 
 
 def test_a_delete_removes_the_vector(database: Database) -> None:

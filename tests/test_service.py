@@ -7,6 +7,9 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
+import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,7 @@ import psycopg
 import pytest
 
 from listener import queries
+from listener.config import Settings
 from listener.counters import counters
 from listener.embedded import Server
 from listener.encoding import Encoder
@@ -30,6 +34,7 @@ from tests.harness import (
     Database,
     Spawn,
     TinyEmbedder,
+    environment,
     is_asleep,
     listener,
     serve_once,
@@ -153,6 +158,15 @@ def test_the_wait_grows_where_each_session_fails_at_once(
     Service(database.settings, Encoder(TinyEmbedder, 0), Impatient()).run()
 
     assert waits == [0.1, 0.2, 0.4, 0.4, 0.4, 0.4]
+
+
+def test_a_wait_that_nothing_ends_lasts_as_long_as_it_was_told_to() -> None:
+    """Else a server that is down would be asked hundreds of times a second."""
+    began = time.monotonic()
+
+    Stop().wait(0.1)
+
+    assert time.monotonic() - began >= 0.1
 
 
 def test_both_sessions_of_a_service_have_its_settings(server: Server, database: Database) -> None:
@@ -497,6 +511,31 @@ def test_a_signal_ends_the_service_cleanly(
 
     assert "Traceback" not in service.output()
     assert database.value("select count(*) from listener.worker") == 0
+
+
+_SIGNALLED_TWICE = """
+import os, signal
+from listener.console import stop_on_signals
+stop = stop_on_signals()
+os.kill(os.getpid(), signal.{name})
+assert stop.is_set()
+os.kill(os.getpid(), signal.{name})
+print("goes on")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_the_second_signal_ends_the_process_at_once(number: signal.Signals) -> None:
+    """Whoever presses Ctrl-C again does not want to wait for the batch."""
+    ended = subprocess.run(
+        [sys.executable, "-c", _SIGNALLED_TWICE.format(name=number.name)],
+        env=environment(Settings()),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (ended.returncode, ended.stdout) == (-number, "")
 
 
 def test_an_event_that_a_writer_holds_is_embedded_soon_after_it_lets_go(database: Database) -> None:
