@@ -19,6 +19,8 @@ from listener.convert import convert
 from listener.counters import counters
 from listener.embedder import Embedder, choose_engine, load_embedder
 from listener.encoding import Encoder
+from listener.engine_openvino import OpenVinoEmbedder
+from listener.engine_torch import SentenceTransformersEmbedder
 from listener.errors import ConfigError
 from listener.model import locate
 from listener.passes import plan_passes
@@ -400,3 +402,24 @@ def test_a_compiled_model_that_can_not_be_used_is_compiled_anew(
     monkeypatch.setattr(core, "compile_model", refused)
 
     assert load_embedder(replace(converted, engine="openvino")).encode(["a"]).shape == (1, 384)
+
+
+def test_a_model_that_finds_no_memory_does_not_keep_the_service_down(
+    monkeypatch: pytest.MonkeyPatch, converted: Settings, static_model: Path
+) -> None:
+    """Exit 2 would; started again a moment later, it may find some."""
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(OpenVinoEmbedder, "_require_known_vectors", no_memory)
+    monkeypatch.setattr("listener.engine_static.Tokenizer.from_file", no_memory)
+    monkeypatch.setattr(SentenceTransformersEmbedder, "_compute", no_memory)
+
+    for settings in (
+        converted,
+        Settings(embedding_model=str(static_model)),
+        Settings(embedding_model=str(static_model), engine="torch"),
+    ):
+        with pytest.raises(MemoryError):
+            load_embedder(settings)

@@ -9,7 +9,7 @@ import shutil
 import tracemalloc
 import weakref
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,20 @@ def test_an_error_of_the_gpu_is_no_texts_fault(
         encoder.encode(["pump running hot", "door left open"])
     with pytest.raises(EncoderLost, match="CUDA_VISIBLE_DEVICES=-1"):
         load_embedder(settings)
+
+
+def test_a_gpu_that_has_no_memory_left_does_not_keep_the_service_down(
+    monkeypatch: pytest.MonkeyPatch, static_model: Path
+) -> None:
+    """Another process may have taken it, for a while."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(SentenceTransformersEmbedder, "_compute", full)
+
+    with pytest.raises(EncoderLost, match="the GPU failed"):
+        load_embedder(Settings(embedding_model=str(static_model), engine="torch"))
 
 
 def test_real_weights_put_like_meanings_together(minilm: Path) -> None:
@@ -270,6 +284,29 @@ def test_pickled_weights_are_refused_wherever_they_are(tmp_path: Path, minilm: P
         load_embedder(Settings(embedding_model=str(tmp_path / "pickled")))
 
 
+@pytest.mark.parametrize("where", ["modules.json", "config.json"])
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path, minilm: Path, where: str) -> None:
+    """Whatever file names it; a model of a hub is what a stranger has put there."""
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(minilm, folder)
+    (folder / "theirs.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import BertConfig as Config, BertModel as Model\n"
+        "from sentence_transformers.models import Transformer as Module\n"
+    )
+    found = json.loads((folder / where).read_text())
+    if where == "modules.json":
+        found[0]["type"] = "theirs.Module"
+    else:
+        found["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}
+    (folder / where).write_text(json.dumps(found))
+
+    with suppress(ConfigError):
+        load_embedder(Settings(embedding_model=str(folder), engine="torch"))
+
+    assert not ran.exists()
+
+
 def test_a_model_that_leaves_numbers_out_of_its_vectors_is_heeded(
     tmp_path: Path, minilm: Path
 ) -> None:
@@ -360,6 +397,22 @@ def test_a_bad_text_fails_alone_in_its_batch() -> None:
         text == "raise" for text in texts
     ]
     encoder.close()
+
+
+@pytest.mark.parametrize("length", [0.98, 1.02, 0.5])
+def test_a_vector_of_another_length_than_1_is_not_stored(length: float) -> None:
+    """By inner product it would be nearer or farther than it is."""
+
+    class Stretched(TinyEmbedder):
+        def _vector(self, text: str) -> NDArray[np.float32]:
+            return super()._vector(text) * np.float32(length if text == "bad" else 1)
+
+    with closing(Encoder(Stretched, 0)) as encoder:
+        bad, good = encoder.encode(["bad", "good"]).results
+
+    assert isinstance(bad, EmbeddingError)
+    assert f"length {length:.4f} instead of 1" in str(bad)
+    assert not isinstance(good, EmbeddingError)
 
 
 def test_what_a_failed_pass_took_is_free_before_its_halves_run() -> None:
