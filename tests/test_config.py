@@ -36,6 +36,13 @@ def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: str, says: 
         Settings.from_environment({name: value})
 
 
+@pytest.mark.parametrize("name", ["POLL_SECONDS", "SWEEP_SECONDS", "ENCODE_SECONDS"])
+def test_infinity_is_no_number_of_seconds(name: str) -> None:
+    """No wait of the system takes it."""
+    with pytest.raises(ConfigError, match=f"{name} is 'inf'"):
+        Settings.from_environment({name: "inf"})
+
+
 @pytest.mark.parametrize("hosts", ["h1,h2", "h1:5432,h2", "h1:5432,h2:5433"])
 def test_several_hosts_may_leave_their_ports_out(hosts: str) -> None:
     """As a pair of which one is the primary."""
@@ -98,6 +105,17 @@ def test_an_empty_variable_hides_none_of_the_env_file(tmp_path: Path) -> None:
     settings = Settings(database_url="", reports_dir=tmp_path)
 
     finished = listener(settings, "status", check=False, cwd=tmp_path, PGHOST="192.0.2.1")
+
+    assert finished.returncode == 2
+    assert "127.0.0.1" in finished.stderr
+
+
+def test_an_empty_variable_of_libpq_hides_none_of_the_env_file_either(tmp_path: Path) -> None:
+    """An empty PGHOST is the server of this machine, which may be another one."""
+    (tmp_path / ".env").write_text("PGHOST=127.0.0.1\nPGPORT=1\n")
+    settings = Settings(database_url="", reports_dir=tmp_path)
+
+    finished = listener(settings, "status", check=False, cwd=tmp_path, PGHOST="", PGPORT="")
 
     assert finished.returncode == 2
     assert "127.0.0.1" in finished.stderr

@@ -18,6 +18,8 @@ import pytest
 from listener import cli
 from listener.config import Settings
 from listener.embedded import Server
+from listener.logs import redact
+from listener.report import Report, write_report
 from tests.harness import Database, Spawn, listener
 from tests.own_server import MakeServer
 from tests.test_docs import COMMANDS
@@ -220,6 +222,34 @@ def test_a_bug_ends_with_exit_1_and_a_traceback_without_the_password(
     assert ended.value.code == 1
     assert "Traceback" in said
     assert_nothing_given_away(said)
+
+
+def test_no_report_holds_a_password(tmp_path: Path) -> None:
+    """A step may be an error in the server's words; the file outlives the terminal."""
+    url = "postgresql://user:hunter2@host/x"  # no real one
+    lines = [f"failed at {url}", "password hunter2"]
+
+    path = write_report(
+        Settings(database_url=url, reports_dir=tmp_path),
+        Report("backfill", lines, lines, lines, " ".join(lines)),
+    )
+
+    assert "hunter2" not in path.read_text()
+    assert path.read_text().count("***") == 8
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user@host/x?sslmode=verify-full&sslpassword=hunter%402",
+        "host=h sslpassword='hunter@2'",
+    ],
+)
+def test_the_passphrase_of_a_clients_key_is_a_secret(url: str) -> None:
+    """As the password is, in each form."""
+    secrets = Settings(database_url=url).secrets()
+
+    assert redact("hunter@2 hunter%402", secrets) == "*** ***"
 
 
 @pytest.mark.parametrize("is_set", [True, False], ids=["set", "not set"])

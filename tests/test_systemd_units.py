@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from listener.config import Settings
+from listener.errors import ConfigError, SchemaError
+from listener.health import STALLED_SECONDS
+
 _UNITS = Path(__file__).parents[1] / "systemd"
 _PLAIN = _UNITS / "iot-event-listener.service"
 _TEMPLATE = _UNITS / "iot-event-listener@.service"
@@ -63,6 +67,33 @@ def test_every_line_says_why_it_is_there(unit: Path) -> None:
     assert [line.partition("=")[0] for line in unexplained] == ["Description"]
 
 
+def directives(unit: Path) -> dict[str, str]:
+    """Of each name the last value."""
+    lines = [line for line in unit.read_text().splitlines() if not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+@pytest.mark.parametrize("unit", _SERVICES, ids=lambda unit: unit.name)
+def test_no_unit_is_killed_before_the_batch_in_hand_is_finished(unit: Path) -> None:
+    """A stop waits as long as the service does for a batch; nor while it waits for a database."""
+    found = directives(unit)
+
+    assert found["KillSignal"] == "SIGTERM"
+    assert float(found["TimeoutStopSec"]) > Settings().encode_seconds
+    assert found["TimeoutStartSec"] == ("1h" if unit == _SWEEP else "infinity")
+
+
+def test_the_unit_is_started_again_unless_a_human_must_act() -> None:
+    """However often it ended, and whatever it ended with but these two."""
+    found = directives(_PLAIN)
+
+    assert (found["Restart"], found["StartLimitIntervalSec"]) == ("always", "0")
+    needs_a_human = {str(ConfigError.exit_code), str(SchemaError.exit_code)}
+    assert set(found["RestartPreventExitStatus"].split()) == needs_a_human
+    # Or it would be killed where the endpoint does not even call it stalled.
+    assert float(found["WatchdogSec"]) > STALLED_SECONDS
+
+
 @needs_systemd_analyze
 def test_systemd_understands_every_line(tmp_path: Path) -> None:
     """No unknown or misplaced directive, no program that isn't there."""
@@ -93,3 +124,12 @@ def test_the_sandbox_leaves_little_open(unit: Path) -> None:
 
     assert exposure is not None
     assert float(exposure[1]) <= _MOST_EXPOSED
+
+
+@pytest.mark.parametrize("unit", _SERVICES, ids=lambda unit: unit.name)
+def test_what_a_unit_leaves_on_the_disk_is_closed_to_others(unit: Path) -> None:
+    """Reports have texts in them, and a dump of its memory the password, too."""
+    found = directives(unit)
+
+    assert (found["UMask"], found["StateDirectoryMode"]) == ("0077", "0700")
+    assert found["LimitCORE"] == "0"
