@@ -128,6 +128,34 @@ def test_a_created_at_that_is_null_or_no_time_hides_no_event_from_the_sweep(
         assert len(database.embedded()) == 2
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        "using brin (created_at)",
+        "using hash (created_at)",
+        "(created_at) where created_at > '2026-01-01'",
+        "(device_id, created_at)",
+    ],
+)
+def test_an_index_that_gives_no_order_does_not_make_created_at_the_order_of_the_sweep(
+    database: Database, index: str
+) -> None:
+    """It serves no "newest first", and each page would sort the whole table."""
+    database.rows("alter table public.iot_events alter created_at set not null")
+    indexes = database.rows(
+        "select indexrelid::regclass::text from pg_index "
+        "where indrelid = 'public.iot_events'::regclass and not indisprimary"
+    )
+    for (name,) in indexes:
+        database.rows(f"drop index public.{name}")
+    database.rows(f"create index on public.iot_events {index}")
+
+    assert not read_facts(database.conn).created_at_is_indexed
+
+    database.rows("create index on public.iot_events (created_at)")
+    assert read_facts(database.conn).created_at_is_indexed
+
+
 def test_a_second_install_changes_nothing_and_waits_for_no_lock_on_iot_events(
     database: Database,
 ) -> None:
@@ -347,6 +375,28 @@ def test_what_a_stranger_has_put_in_our_place_is_refused_unread(
             admin.execute("drop role stranger")
 
 
+def test_a_view_that_a_stranger_has_put_into_our_schema_is_refused_unread(
+    new_database: NewDatabase,
+) -> None:
+    """Also where the schema is the installer's own, and open to others."""
+    with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
+        admin.execute("create extension vector")
+        admin.execute("create role stranger nologin")
+        try:
+            with with_events(url, "id bigint primary key, message text") as database:
+                database.rows("create schema listener")
+                database.rows("grant usage, create on schema listener to stranger")
+                database.rows("set role stranger")
+                database.rows("create view listener.waiting as select 1 / 0 as event_id")
+                database.rows("reset role")
+
+                with pytest.raises(SchemaError, match=r"^listener\.waiting belongs to a role"):
+                    install_in(database.conn)
+        finally:
+            admin.execute("drop owned by stranger cascade")
+            admin.execute("drop role stranger")
+
+
 def test_default_privileges_give_nobody_a_way_past_row_level_security(
     new_database: NewDatabase,
 ) -> None:
@@ -507,6 +557,42 @@ def test_what_makes_an_install_impossible_is_said_before_anything_is_done(
         assert database.value("select to_regnamespace('listener')") is None
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "alter table public.event_embeddings add primary key (event_id, model)",
+        "alter table public.event_embeddings add unique (event_id) deferrable",
+        "create unique index on public.event_embeddings (event_id) where model = 'a'",
+    ],
+    ids=["of two columns", "deferrable", "of some rows"],
+)
+def test_a_key_of_embeddings_that_no_write_can_rely_on_is_refused(
+    database: Database, key: str
+) -> None:
+    """`on conflict (event_id)` fails without one of its own, at each event."""
+    database.rows("alter table public.event_embeddings drop constraint event_embeddings_pkey")
+    database.rows(key)
+
+    with pytest.raises(SchemaError, match="event_id has no primary key of its own"):
+        require_installable(read_facts(database.conn))
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["add primary key (id, device_id)", "add primary key (id) deferrable"],
+    ids=["of two columns", "deferrable"],
+)
+def test_a_key_of_events_that_no_foreign_key_can_refer_to_is_refused(
+    database: Database, key: str
+) -> None:
+    """With the remedy, and not with whatever the server says in the midst of the install."""
+    database.rows("drop table public.event_embeddings cascade")
+    database.rows(f"alter table public.iot_events drop constraint iot_events_pkey, {key}")
+
+    with pytest.raises(SchemaError, match="no primary key or unique constraint of its own"):
+        require_installable(read_facts(database.conn))
+
+
 def test_the_default_text_leaves_out_keys_ids_times_and_what_nobody_reads(
     new_database: NewDatabase,
 ) -> None:
@@ -528,6 +614,22 @@ def test_the_default_text_leaves_out_keys_ids_times_and_what_nobody_reads(
         texts = database.rows("select listener.embedding_input(e) from public.iot_events e")
 
     assert texts == [("kind: k\nnote: n",), ("note: n",)]
+
+
+def test_the_default_text_leaves_out_what_refers_to_another_table(
+    new_database: NewDatabase,
+) -> None:
+    """A number there says nothing to a model of language."""
+    columns = "id bigint primary key, site integer references public.site (number), message text"
+    with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
+        admin.execute("create table public.site (number integer primary key)")
+        with with_events(url, columns) as database:
+            install_in(database.conn)
+
+            database.rows("insert into public.site values (7)")
+            database.rows("insert into public.iot_events values (1, 7, 'hot')")
+            text = "select listener.embedding_input(e) from public.iot_events e"
+            assert database.value(text) == "hot"
 
 
 def test_a_virtual_generated_column_is_embedded_as_it_reads_and_fails_no_writer(
@@ -574,6 +676,21 @@ def test_chosen_columns_are_kept_by_the_next_install_and_one_column_stands_bare(
         assert database.value("select listener.embedding_input(e) from public.iot_events e") == "7"
         with pytest.raises(SchemaError, match="no column nonsense"):
             install_in(database.conn, ["nonsense"])
+
+
+def test_an_install_that_changes_the_text_says_what_is_left_to_do(
+    new_database: NewDatabase, tmp_path: Path
+) -> None:
+    """The events that are there keep the vectors of their former text until then."""
+    columns = "id bigint primary key, kind text, message text"
+    with new_database() as url, with_events(url, columns):
+        settings = Settings(database_url=url, reports_dir=tmp_path / "reports")
+
+        first = listener(settings, "install", "--columns", "kind").stderr
+        second = listener(settings, "install", "--columns", "message").stderr
+
+    assert "the embedded text changed" not in first
+    assert "the embedded text changed; run `listener backfill --all`" in second
 
 
 def test_a_replaced_embedding_input_is_left_alone(database: Database) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psycopg
 import pytest
 from psycopg import errors
 
@@ -142,6 +143,21 @@ def test_an_install_waits_for_a_long_transaction_and_lets_others_write(
     for line in told:
         assert f"pid {pid} (old-migration, idle in transaction for" in line
         assert "holds iot_events" in line
+
+
+def test_who_holds_a_lock_in_another_database_is_not_blamed(
+    database: Database, new_database: NewDatabase, template: str
+) -> None:
+    """A copy has tables of the same numbers, and the remedy is to end that transaction."""
+    with new_database(template) as url, psycopg.connect(url) as other:
+        other.execute("lock table public.iot_events in share row exclusive mode")
+        old = (
+            "select true from pg_stat_activity "
+            "where pid = %s and clock_timestamp() - xact_start > interval '2 s'"
+        )
+        wait_until(lambda: database.rows(old, other.info.backend_pid))
+
+        assert patience._holder(database.conn).startswith("its holder has ended by now")
 
 
 def gives_up(monkeypatch: pytest.MonkeyPatch, settings: Settings, command: str) -> int:
