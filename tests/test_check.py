@@ -22,6 +22,7 @@ from listener.config import Settings
 from listener.embedded import Server
 from listener.finding import Finding
 from listener.queue import Queue
+from listener.status import other_model
 from tests.harness import (
     Database,
     TinyEmbedder,
@@ -111,6 +112,18 @@ def test_check_fails_with_the_remedy(
     assert finished.returncode == code
     (line,) = [text for text in finished.stdout.splitlines() if text.startswith(f"FAIL  {name}")]
     assert remedy in line
+
+
+def test_check_ends_as_the_service_would_at_the_first_that_fails(static: Database) -> None:
+    """It loads the model before it connects: exit 2, though the schema, exit 3, is missing, too."""
+    static.rows("drop schema listener cascade")
+
+    finished = listener(static.settings, "check", check=False, EMBEDDING_MODEL="/nowhere")
+
+    failed = [line.split()[1] for line in finished.stdout.splitlines() if line.startswith("FAIL")]
+    assert failed[0] == "model"
+    assert "schema" in failed
+    assert finished.returncode == 2
 
 
 def test_check_tries_every_statement_by_which_a_claim_can_end(
@@ -403,3 +416,15 @@ def test_a_worker_with_another_model_is_a_warning(static: Database) -> None:
 
     assert found.state == "warn"
     assert TinyEmbedder.fingerprint in found.detail
+
+
+@pytest.mark.parametrize("other", ["b@1/fp32", "a@2/fp32", "a@1/bf16"])
+def test_workers_whose_models_differ_in_anything_are_told(other: str) -> None:
+    """In name, revision or precision: each would embed anew what the other has embedded."""
+    workers = [
+        {"worker": 1, "host": "h", "model": "a@1/fp32"},
+        {"worker": 2, "host": "h", "model": other},
+    ]
+
+    assert f"worker 2 on h embeds with {other}" in (other_model(workers, "a@1/fp32") or "")
+    assert other_model(workers[:1], "a@1/fp32") is None

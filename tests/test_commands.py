@@ -18,10 +18,12 @@ from itertools import islice
 from pathlib import Path
 from uuid import UUID
 
+import psycopg
 import pytest
 
 from listener.backfill import queue_events
 from listener.config import MOST_EVENTS, Settings
+from listener.embedded import Server
 from listener.errors import ConfigError, StatementTimeout
 from listener.model import locate
 from listener.queue import Queue
@@ -121,6 +123,16 @@ def test_show_tells_text_tokens_state_and_neighbours(static: Database) -> None:
     assert "message: pump running hot" in after
     assert re.search(r"state +embedded .*, current, ", after)
     assert after.splitlines()[after.splitlines().index("neighbours") + 1].endswith("running warm")
+
+
+def test_show_calls_the_vector_of_another_model_outdated(static: Database) -> None:
+    """Though it is of the current text: no search by this model finds it."""
+    (event,) = static.insert("door open")
+    serve_once(static)
+
+    shown = listener(static.settings, "show", str(event)).stdout
+
+    assert "outdated, tests/tiny@1/fp32" in shown
 
 
 def test_no_terminal_obeys_what_a_device_wrote(static: Database) -> None:
@@ -539,6 +551,18 @@ def test_a_place_for_the_demo_that_can_not_be_made_is_one_clear_line(tmp_path: P
     assert finished.returncode == 2
     assert "DEMO_DIR /proc/x can't be written" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_the_server_of_the_demo_is_for_its_owner_alone(server: Server, open_folder: Path) -> None:
+    """Who reaches it is superuser, without a password: no TCP, and a socket in a closed folder."""
+    made = Server.prepared(open_folder / "postgres", server.programs)
+    made.start()
+    try:
+        with psycopg.connect(made.url()) as conn:
+            assert conn.execute("show listen_addresses").fetchone() == ("",)
+        assert made.home.stat().st_mode & 0o777 == 0o700
+    finally:
+        made.stop("immediate")
 
 
 def test_a_demo_whose_server_does_not_start_shows_what_the_server_said(
