@@ -87,10 +87,12 @@ def test_a_client_that_vanishes_in_mid_sweep_leaves_no_transaction_open(
             wait_until(lambda: database.waits("sweeping"))
             proxy.black_hole()
 
-        wait_until(lambda: len(database.queue()) == 2)
         state = "select state from pg_stat_activity where application_name = 'sweeping'"
-        wait_until(lambda: database.value(state) == "idle")
-        proxy.reset()
+        try:
+            wait_until(lambda: len(database.queue()) == 2)
+            wait_until(lambda: database.value(state) == "idle")
+        finally:
+            proxy.reset()
         with pytest.raises(ConnectionLost):
             swept.result()
 
