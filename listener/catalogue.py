@@ -17,7 +17,7 @@ _COLUMNS = """
 select
   a.attname as name,
   -- Under quote_all_identifiers even the name of a built-in type has quotes.
-  replace(format_type(a.atttypid, null), '"', '') as type,
+  replace(pg_catalog.format_type(a.atttypid, null), '"', '') as type,
   exists (
     select from pg_catalog.pg_constraint c
     where c.conrelid = a.attrelid and c.contype = 'p' and a.attnum = any(c.conkey)
@@ -94,9 +94,7 @@ select
     order by k.relname
     limit 1
   ) as events_kin,
-  exists (
-    select from unique_alone u where u.indrelid = t.oid and u.attname = 'id'
-  ) as key_is_unique,
+  'id' in (select u.attname from unique_alone u where u.indrelid = t.oid) as key_is_unique,
   coalesce(pg_has_role(t.relowner, 'usage'), false) as owns_events,
   (
     -- Hidden from the role that reads for the service: the owner of the views, or who will be.
@@ -112,16 +110,15 @@ select
       )
     )
   ) as hidden_table,
-  has_database_privilege(current_database(), 'create') as may_create_schema,
+  pg_catalog.has_database_privilege(current_database(), 'create') as may_create_schema,
   has_schema_privilege('public', 'create') as may_create_in_public,
   r.rolsuper or r.rolcreaterole as may_create_role,
   o.oid is not null as owner_role_exists,
   coalesce(pg_has_role(o.oid, 'member'), false) as member_of_owner_role,
-  exists (select from pg_catalog.pg_roles where rolname = 'listener_worker')
-    as worker_role_exists,
+  exists (select from pg_catalog.pg_roles where rolname = 'listener_worker') as worker_role_exists,
   exists (select from in_listener c where c.relname = 'applied') as installed,
   to_regnamespace('listener') is not null as schema_exists,
-  coalesce(has_schema_privilege(to_regnamespace('listener'), 'usage'), false) as may_use_schema,
+  coalesce(has_schema_privilege(to_regnamespace('listener')::oid, 'usage'), false) as schema_usable,
   exists (
     select from pg_catalog.pg_proc p
     where p.pronamespace = to_regnamespace('listener') and p.proname = 'queue_inserted'
@@ -158,13 +155,15 @@ select
       and c.confdeltype = 'c'
   ) as embeddings_go_with_events,
   array(
-    select distinct replace(format_type(a.atttypid, null), '"', '')
+    select distinct replace(pg_catalog.format_type(a.atttypid, null), '"', '')
     from pg_catalog.pg_attribute a
     left join in_listener c on c.oid = a.attrelid and c.relname in ('queue', 'change')
     where a.attname = 'event_id' and (c.oid is not null or a.attrelid = m.oid)
   ) as event_id_types,
   coalesce(
-    (select jsonb_object_agg(g.tgname, g.tgenabled::text || ' ' || n.nspname || '.' || p.proname)
+    (select pg_catalog.jsonb_object_agg(
+       g.tgname, pg_catalog.format('%s %s.%s', g.tgenabled, n.nspname, p.proname)
+     )
      from pg_catalog.pg_trigger g
      join pg_catalog.pg_proc p on p.oid = g.tgfoid
      join pg_catalog.pg_namespace n on n.oid = p.pronamespace
@@ -239,7 +238,7 @@ class Facts:
     worker_role_exists: bool
     installed: bool
     schema_exists: bool
-    may_use_schema: bool
+    schema_usable: bool
     owner_role_owns: bool
     worker_role_has_rights: bool
     embeddings_type: str | None

@@ -72,7 +72,9 @@ class Connection(psycopg.Connection[Any]):
             wanted = next(gen)
             while True:
                 ready = yield wanted
-                if not ready and time.monotonic() > deadline:
+                if ready:
+                    deadline = time.monotonic() + seconds
+                elif time.monotonic() > deadline:
                     self.pgconn.finish()
                     raise psycopg.OperationalError(f"the server was silent for {seconds:.0f} s")
                 wanted = gen.send(ready)
@@ -208,7 +210,7 @@ def is_of_a_row(error: psycopg.Error) -> bool:
 
 
 def cause_of(error: Exception) -> str:
-    """The name and first line of an error of the driver; of one of ours, what it says."""
+    """The name and message of an error of the driver, in one line; of one of ours, what it says."""
     if not isinstance(error, psycopg.Error):
         return str(error)
     message = error.diag.message_primary or " ".join(str(error).split())

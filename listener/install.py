@@ -49,7 +49,7 @@ _MADE = re.compile(
 _INDEXED = re.compile(r"^ *create (?:unique )?index if not exists (\w+) on (\w+)\.", re.MULTILINE)
 _GONE = """
 select n.name
-from unnest(%(names)s::text[]) as n (name)
+from pg_catalog.unnest(%(names)s::text[]) as n (name)
 where to_regclass(n.name) is null
   and not exists (
     select from pg_catalog.pg_proc p
@@ -61,7 +61,7 @@ where to_regclass(n.name) is null
 
 @dataclass(frozen=True)
 class Plan:
-    """What an install would do, in order, and what to tell about it."""
+    """What an install or uninstall would do, in order, and what to tell about it."""
 
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
@@ -238,7 +238,7 @@ def verify(conn: Connection) -> Facts:
     facts = read_facts(conn)
     if not (facts.installed and facts.embeddings_type):
         raise SchemaError("the listener is not installed in this database; run `listener install`")
-    if not facts.may_use_schema:
+    if not facts.schema_usable:
         raise SchemaError(
             f"role {facts.role} may not use schema listener; grant listener_worker to it, or "
             "connect as the one that installed"

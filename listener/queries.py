@@ -68,7 +68,7 @@ UNLOCK = "select pg_catalog.pg_advisory_unlock(%(key)s)"
 # The lock comes before the row, so that a registered worker is never seen without its lock.
 NEW_WORKER = """
 select n.worker, pg_catalog.pg_try_advisory_lock(%(lock_class)s, n.worker::integer) as is_locked
-from nextval('listener.worker_token') as n (worker)
+from pg_catalog.nextval('listener.worker_token') as n (worker)
 """
 REGISTER_WORKER = """
 insert into listener.worker (worker, host, pid, model)
@@ -165,7 +165,7 @@ with taken as (
   ))
   returning c.event_id, c.changed_at, c.ctid as place
 ), token as materialized (
-  select nextval('listener.lease_token') as lease where exists (select from taken)
+  select pg_catalog.nextval('listener.lease_token') as lease where exists (select from taken)
 )
 insert into listener.queue as q (event_id, queued_at, due_at, lease, worker, attempts)
 select
@@ -252,7 +252,7 @@ with live as materialized (
       else 1
     end
 ), token as materialized (
-  select nextval('listener.lease_token') as lease
+  select pg_catalog.nextval('listener.lease_token') as lease
 )
 update listener.queue q
 set
@@ -320,7 +320,7 @@ with done as (
   from held h
   join listener.event e on e.id = h.event_id
   left join listener.embedding m on m.event_id = h.event_id
-  where h.content_hash = sha256(convert_to(
+  where h.content_hash = sha256(pg_catalog.convert_to(
     coalesce(e.input, ''), 'UTF8'
   ))
   order by h.event_id
@@ -457,7 +457,7 @@ where q.event_id = h.event_id and q.due_at > now()
 )
 
 # What a function's body names is looked up only when it is called; this calls it for no event.
-TRY_INPUT = "select listener.embedding_input(null)"
+TRY_INPUT = "select listener.input_of(null)"
 FORGET_PLANS = "discard plans"
 
 # Before a statement that takes an event for gone where it doesn't see it, in one message with it.
@@ -604,19 +604,21 @@ PENDING_SINCE = "select count(*) from listener.waiting w where w.since <= to_tim
 # For the service itself, which asks again and again: it looks at so many rows and no more.
 BACKLOG = """
 with pending as materialized (
-  (select q.event_id, q.queued_at as since from listener.queue q
-   where q.due_at < 'infinity' limit %(limit)s)
+  select q.event_id, q.queued_at as since from listener.queue q where q.due_at < 'infinity'
   union all
-  (select c.event_id, c.changed_at from listener.change c limit %(limit)s)
+  select c.event_id, c.changed_at from listener.change c
+  limit %(limit)s
 )
 select
-  count(distinct p.event_id) as events,
+  pg_catalog.count(distinct p.event_id) as events,
   coalesce(extract(epoch from now() - min(p.since)), 0)::float8 as oldest_seconds,
   count(*) >= %(limit)s as is_more
 from pending p
 """
 # Those that RETRY takes, so also one that has changed since.
-PARKED_COUNT = "select count(*) from listener.queue q where q.due_at = 'infinity'"
+PARKED_COUNT = """
+select count(*) from listener.queue q where q.lane in (0, 1) and q.due_at = 'infinity'
+"""
 
 # --- checks ------------------------------------------------------------------------------------
 
@@ -656,10 +658,11 @@ with recent as materialized (
   select l.seconds from listener.latency(%(last)s) as l (seconds)
 )
 select
-  percentile_cont(array[0.5, 0.95, 0.99]) within group (order by r.seconds) as percentiles,
-  (select jsonb_object_agg(b.bar, b.events)
+  pg_catalog.percentile_cont(array[0.5, 0.95, 0.99])
+    within group (order by r.seconds) as percentiles,
+  (select pg_catalog.jsonb_object_agg(b.bar, b.events)
    from (
-     select width_bucket(l.seconds, %(bounds)s::float8[]) as bar, count(*) as events
+     select pg_catalog.width_bucket(l.seconds, %(bounds)s::float8[]) as bar, count(*) as events
      from recent l
      group by 1
    ) b) as bars

@@ -13,7 +13,7 @@ from listener.database import Connection, translated
 from listener.errors import ConfigError
 
 _PARKED_SHOWN = 20
-# Of each table no more rows than this are counted.
+# No more rows than this are counted.
 _COUNTED = 10_000
 
 

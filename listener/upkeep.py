@@ -8,8 +8,8 @@ import psycopg
 
 from listener import queries
 from listener.claim import EventId
-from listener.database import Connection, translated, with_all_events
-from listener.errors import ConnectionLost, StatementTimeout
+from listener.database import Connection, cause_of, translated, with_all_events
+from listener.errors import ConnectionLost
 from listener.logs import log
 
 # Less than what a session waits for an answer.
@@ -22,11 +22,11 @@ def discard_parked(conn: Connection) -> None:
         # Behind a pooler a session has no limit of its own.
         limited = queries.LIMIT_STATEMENT + ";" + queries.DISCARD_PARKED
         with_all_events(conn, limited, {"duration": f"{_PARKED_SECONDS}s"})
-    except (StatementTimeout, ConnectionLost, psycopg.Error) as error:
+    except (ConnectionLost, psycopg.Error) as error:
         # One that is parked because the server can't read it fails here, too.
         if conn.closed:
             raise
-        log(logging.WARNING, "parked_events_not_looked_at", cause=error)
+        log(logging.WARNING, "parked_events_not_looked_at", cause=cause_of(error))
 
 
 def delete_orphans(conn: Connection) -> int:

@@ -127,6 +127,25 @@ def test_a_right_that_is_missing_is_no_events_fault(database: Database, queue: Q
     assert {row[3:] for row in database.queue()} == {(1, True, False, None)}
 
 
+def test_one_that_calls_what_it_does_not_find_ends_the_service_and_parks_nothing(
+    database: Database,
+) -> None:
+    """The service calls it with an empty search path, whatever that of the session is."""
+    database.rows(
+        "create function public.clean(text) returns text language sql as $$ select trim($1) $$"
+    )
+    database.rows(
+        "create or replace function listener.embedding_input(event public.iot_events) "
+        "returns text language plpgsql stable as $$ begin return clean(event.message); end $$"
+    )
+    database.insert("a")
+
+    with pytest.raises(SchemaError, match=r"can't be evaluated \(function clean"):
+        serve_once(database.with_settings(max_attempts=1))
+
+    assert database.value("select parked from listener.status") == 0
+
+
 @pytest.mark.parametrize("condition", ["io_error", "disk_full", "out_of_memory"])
 def test_a_server_that_takes_no_vector_is_no_events_fault(
     database: Database, queue: Queue, condition: str

@@ -46,10 +46,7 @@ _CHANGE_FILE = "select pg_relation_filenode('listener.change')"
 
 def files(database: Database) -> set[int]:
     """Where the rows of both tables are on the disk; a truncate begins new files."""
-    return {
-        database.value("select pg_relation_filenode(%s::regclass)", table)
-        for table in ("listener.queue", "listener.change")
-    }
+    return {database.value("select pg_relation_filenode(%s::regclass)", table) for table in _TABLES}
 
 
 def sizes(database: Database) -> list[int]:

@@ -427,6 +427,32 @@ def test_default_privileges_give_nobody_a_way_past_row_level_security(
             admin.execute("drop role monitor")
 
 
+_OVERLOADS = """
+create function public.nextval(text) returns bigint language sql as 'select 1/0::bigint';
+create function public.convert_to(text, text) returns bytea
+  language sql as 'select (1/0)::text::bytea';
+create function public.format_type(oid, text) returns text language sql as 'select (1/0)::text';
+create function public.has_database_privilege(name, text) returns boolean
+  language sql as 'select 1/0 > 0';
+create function public.unnest(text[]) returns setof text language sql as 'select (1/0)::text';
+create function public.unnest(bigint[]) returns setof bigint language sql as 'select 1/0::bigint';
+"""
+
+
+def test_no_function_that_somebody_made_in_public_is_taken_for_one_of_postgres(
+    new_database: NewDatabase,
+) -> None:
+    """One that fits its arguments better would run with the rights of who installs or serves."""
+    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
+        database.rows(_OVERLOADS)
+
+        install_in(database.conn)
+        database.rows("insert into public.iot_events values (1, 'a')")
+        serve_once(database)
+
+        assert set(database.embedded()) == {1}
+
+
 def test_the_remedy_for_a_missing_right_can_be_run_as_it_stands(new_database: NewDatabase) -> None:
     """Also for a name that has to be quoted."""
     with new_database() as url, connect(Settings(database_url=url), "admin") as admin:

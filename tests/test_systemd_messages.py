@@ -195,6 +195,8 @@ def test_a_large_backlog_is_not_counted_to_its_end(
     database.insert(*map(str, range(11)))
 
     assert status.read_backlog(database.conn).startswith("backlog over 10 events, lag over ")
+    monkeypatch.setattr(status, "_COUNTED", 100)
+    assert status.read_backlog(database.conn).startswith("backlog 11 events, lag ")
 
 
 def test_the_watchdog_is_fed_at_a_fifth_of_its_time(systemd: Systemd) -> None:

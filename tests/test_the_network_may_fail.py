@@ -65,6 +65,14 @@ def test_reset_connections_are_replaced(server: Server, database: Database) -> N
         database.assert_invariant()
 
 
+def test_an_answer_that_comes_slowly_is_no_silence(database: Database) -> None:
+    """As many large texts over a slow link; each part of it is a sign of life."""
+    with connect(database.settings, "slow", answer_seconds=1.0) as conn, conn.cursor() as cursor:
+        parts = "select repeat('x', 10_000), pg_sleep(0.3) from generate_series(1, 5)"
+
+        assert len(cursor.execute(parts).fetchall()) == 5
+
+
 def test_a_client_that_vanishes_in_mid_sweep_leaves_no_transaction_open(
     server: Server, database: Database
 ) -> None:
