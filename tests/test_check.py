@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 
 from listener import queries
@@ -21,7 +23,6 @@ from listener.checks_link import is_over_a_network
 from listener.config import Settings
 from listener.embedded import Server
 from listener.finding import Finding
-from listener.queue import Queue
 from listener.status import other_model
 from tests.harness import (
     Database,
@@ -130,14 +131,13 @@ def test_check_tries_every_statement_by_which_a_claim_can_end(
     static: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first event to fail, or the first stop, would else be what finds out."""
-    tried = set()
-    execute = Queue._execute
+    tried, execute = set(), psycopg.Cursor.execute
 
-    def noting(queue: Queue, statement: str, **parameters: object) -> list[object]:
-        tried.add(statement)
-        return execute(queue, statement, **parameters)
+    def noting(cursor: Any, statement: Any, *given: Any, **options: Any) -> Any:
+        tried.add(str(statement).removeprefix(queries.WITH_ALL_EVENTS))
+        return execute(cursor, statement, *given, **options)
 
-    monkeypatch.setattr(Queue, "_execute", noting)
+    monkeypatch.setattr(psycopg.Cursor, "execute", noting)
 
     assert findings(static)["rights"].ok
 

@@ -165,7 +165,7 @@ def sow_in_function(database: Database, signature: str, *parts: str) -> None:
 
 
 _VERSION = "\n    and q.version = d.version"
-_TEXT = """  where h.content_hash = sha256(convert_to(
+_TEXT = """  where h.content_hash = sha256(pg_catalog.convert_to(
     coalesce(e.input, ''), 'UTF8'
   ))
 """
