@@ -36,7 +36,8 @@ $$;
 -- after a MERGE that inserted into a partition, Postgres shows that row in the place of the new ones.
 --
 -- A full join, because the plan is made once a session, for as many rows as its first update has: made
--- for one row, a left join would compare each of a later 10,000 with each.
+-- for one row, a left join would compare each of a later 10,000 with each. Within a case, so that the
+-- planner can't make a left join of it.
 create or replace function listener.queue_updated()
 returns trigger
 language plpgsql
@@ -48,32 +49,26 @@ declare
 begin
   begin
     v_changed := array(
-      with pair as materialized (
-        select
-          coalesce(n.id, o.id) as id,
-          n.id is null or o.id is null as is_alone,
-          case
-            when n.id is null or o.id is null then true
-            else listener.embedding_input(n.*) is distinct from listener.embedding_input(o.*)
-          end as differs
-        from new_events n
-        full join old_events o on o.id = n.id
-      )
-      select p.id
-      from pair p
-      where p.differs or (select bool_or(a.is_alone) from pair a)
+      -- Null where only one side has the id.
+      select case when o.id is not null then n.id end
+      from new_events n
+      full join old_events o on o.id = n.id
+      where case
+        when n.id is null or o.id is null then true
+        else listener.embedding_input(n.*) is distinct from listener.embedding_input(o.*)
+      end
     );
   exception when others or assert_failure then
-    v_changed := null;
+    v_changed := '{null}';
   end;
-  if v_changed is null then
+  if pg_catalog.array_position(v_changed, null) is null then
+    insert into listener.change (event_id)
+    select c.id from unnest(v_changed) as c (id);
+  else
     insert into listener.change (event_id)
     select n.id from new_events n
     union
     select o.id from old_events o;
-  else
-    insert into listener.change (event_id)
-    select c.id from unnest(v_changed) as c (id);
   end if;
   if found and not pg_catalog.pg_try_advisory_xact_lock_shared(@gate_key@) then
     perform pg_catalog.pg_notify('listener', '')
