@@ -11,7 +11,7 @@ help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 run: $(VENV)/.demo ## the service on DATABASE_URL, or without one the demo
-	@if [ -n "$$DATABASE_URL$$PGHOST$$PGHOSTADDR$$PGSERVICE" ] || grep -qsE '^(export )?(DATABASE_URL|PGHOST|PGHOSTADDR|PGSERVICE) *=.' .env; \
+	@if [ -n "$$DATABASE_URL$$PGHOST$$PGHOSTADDR$$PGSERVICE" ] || grep -qsE '^\s*(export\s+)?(DATABASE_URL|PGHOST|PGHOSTADDR|PGSERVICE)\s*=\s*[^[:space:]#]' .env; \
 	then exec $(BIN)/listener run; else exec $(BIN)/listener demo; fi
 
 test: $(VENV)/.dev ## the whole suite against an ephemeral Postgres

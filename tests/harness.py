@@ -71,6 +71,17 @@ def as_service(url: str) -> str:
     return url.replace("//postgres@", f"//{SERVICE_ROLE}@")
 
 
+@contextmanager
+def role(admin: Connection, name: str, attributes: str = "nologin") -> Iterator[str]:
+    """A role for a while; what it has goes with it."""
+    admin.execute(f"create role {name} {attributes}".encode())
+    try:
+        yield name
+    finally:
+        admin.execute(f"drop owned by {name} cascade".encode())
+        admin.execute(f"drop role {name}".encode())
+
+
 def wait_until(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:
     """The condition's first true value; fails the test if there is none in time."""
     began = time.monotonic()

@@ -30,6 +30,7 @@ from tests.harness import (
     empty_folder,
     environment,
     listener,
+    role,
     serving,
     wait_until,
 )
@@ -345,17 +346,14 @@ def test_a_clock_that_differs_is_a_warning(
 @pytest.mark.parametrize("path", ["''", "pg_temp, other"])
 def test_the_search_path_of_the_role_does_not_matter(static: Database, path: str) -> None:
     """Everything is found by its full name, the operators of the search too."""
-    static.rows("create role lost login in role listener_worker")
-    static.rows(f"alter role lost set search_path = {path}")
-    url = static.owner.database_url.replace("//postgres@", "//lost@")
-    lost = static.with_settings(database_url=url)
-    static.insert("a")
-    try:
+    with role(static.conn, "lost", "login in role listener_worker"):
+        static.rows(f"alter role lost set search_path = {path}")
+        url = static.owner.database_url.replace("//postgres@", "//lost@")
+        lost = static.with_settings(database_url=url)
+        static.insert("a")
         assert [finding.state for finding in findings(lost).values()] == ["ok"] * len(NAMES)
         listener(lost.settings, "run", "--once")
         assert "0.0" not in listener(lost.settings, "search", "a").stdout
-    finally:
-        static.rows("drop role lost")
 
     assert len(static.embedded()) == 1
 

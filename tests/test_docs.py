@@ -31,28 +31,6 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
 MODULES = {path.stem: path for path in (ROOT / "listener").glob("*.py")}
 SETTINGS = {spec.name.upper(): spec for spec in fields(Settings)}
 
-# A module imports from lower lines only, never from its own.
-LAYERS = (
-    {"__init__", "claim", "counters", "finding", "queries", "stop"},
-    {"errors"},
-    {"alone", "config", "embedded", "helper_threads", "passes", "vectors"},
-    {"logs", "model"},
-    {"notify_systemd"},
-    {"database", "health"},
-    {"blame", "catalogue", "patience", "trust", "wakeup", "worker"},
-    {"columns", "queue", "status", "upkeep"},
-    {"backfill", "metrics", "preflight", "report", "search", "sweep", "template"},
-    {"engine_openvino", "engine_static", "engine_torch", "html_report", "install"},
-    {"checks_link", "convert", "embedder", "endpoint"},
-    {"encoding"},
-    {"checks", "console", "pipeline"},
-    {"live", "service"},
-    {"demo"},
-    {"commands_install", "commands_read", "commands_run"},
-    {"cli"},
-    {"__main__"},
-)
-
 LONGEST_MODULE = 300
 LONGER_FOR_A_REASON = {
     "queries": "SQL, all of it in one place on purpose",
@@ -100,6 +78,11 @@ def table(text: str, first_header: str) -> list[list[str]]:
             break
         rows.append([cell.strip() for cell in line.strip("|").split("|")])
     return rows
+
+
+def listed_modules() -> list[str]:
+    """Those of the architecture page, in its order."""
+    return [row[0].strip("`") for row in table(ARCHITECTURE, "Module")]
 
 
 def commands(group: click.Group = cli, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
@@ -279,24 +262,21 @@ def test_links_in_the_documents_lead_somewhere() -> None:
 
 def test_the_architecture_page_names_every_module() -> None:
     """In its table, and none that doesn't exist."""
-    listed = {row[0].strip("`") for row in table(ARCHITECTURE, "Module")}
-
-    assert listed == MODULES.keys() - {"__init__", "__main__"}
+    assert set(listed_modules()) == MODULES.keys() - {"__init__", "__main__"}
 
 
 # --- structure -----------------------------------------------------------------------------------
 
 
 def test_imports_go_one_way() -> None:
-    """From the command line down to errors and statements, never up or sideways."""
-    level = {module: number for number, layer in enumerate(LAYERS) for module in layer}
-    assert level.keys() == MODULES.keys()
+    """From the bottom of the architecture page's table to its top."""
+    place = {module: number for number, module in enumerate(["__init__", *listed_modules()])}
 
     wrong = [
         f"{module} imports {imported}"
-        for module, path in MODULES.items()
-        for imported in listener_imports(path)
-        if level[imported] >= level[module]
+        for module in listed_modules()
+        for imported in listener_imports(MODULES[module])
+        if place[imported] >= place[module]
     ]
 
     assert wrong == []

@@ -29,6 +29,7 @@ from tests.harness import (
     empty_folder,
     environment,
     listener,
+    role,
     serve_once,
     serving,
 )
@@ -312,8 +313,7 @@ def test_a_role_without_superuser_installs_runs_and_uninstalls(
     """The owner of the table is enough where the extension is there."""
     with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
         admin.execute("create extension vector")
-        admin.execute("create role plain_owner login nosuperuser nocreaterole")
-        try:
+        with role(admin, "plain_owner", "login nosuperuser nocreaterole"):
             admin.execute("grant create on schema public to plain_owner")
             admin.execute(
                 "do $$ begin execute format('grant create on database %I to plain_owner',"
@@ -327,9 +327,6 @@ def test_a_role_without_superuser_installs_runs_and_uninstalls(
                     database.wait_for_rest()
                 database.assert_invariant()
                 uninstall_in(database.conn, drop_embeddings=True)
-        finally:
-            admin.execute("drop owned by plain_owner")
-            admin.execute("drop role plain_owner")
 
     assert any("can't create role" in note for note in plan.notes)
 
@@ -356,8 +353,7 @@ def test_what_a_stranger_has_put_in_our_place_is_refused_unread(
     """Its views, triggers and functions would run with the rights of who installs."""
     with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
         admin.execute("create extension vector")
-        admin.execute("create role stranger nologin")
-        try:
+        with role(admin, "stranger"):
             admin.execute(
                 "do $$ begin execute format('grant create on database %I to stranger',"
                 " current_database()); end $$"
@@ -370,9 +366,6 @@ def test_what_a_stranger_has_put_in_our_place_is_refused_unread(
 
                 with pytest.raises(SchemaError, match=f"^({named}) belongs to a role"):
                     install_in(database.conn)
-        finally:
-            admin.execute("drop owned by stranger cascade")
-            admin.execute("drop role stranger")
 
 
 def test_a_view_that_a_stranger_has_put_into_our_schema_is_refused_unread(
@@ -381,20 +374,18 @@ def test_a_view_that_a_stranger_has_put_into_our_schema_is_refused_unread(
     """Also where the schema is the installer's own, and open to others."""
     with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
         admin.execute("create extension vector")
-        admin.execute("create role stranger nologin")
-        try:
-            with with_events(url, "id bigint primary key, message text") as database:
-                database.rows("create schema listener")
-                database.rows("grant usage, create on schema listener to stranger")
-                database.rows("set role stranger")
-                database.rows("create view listener.waiting as select 1 / 0 as event_id")
-                database.rows("reset role")
+        with (
+            role(admin, "stranger"),
+            with_events(url, "id bigint primary key, message text") as database,
+        ):
+            database.rows("create schema listener")
+            database.rows("grant usage, create on schema listener to stranger")
+            database.rows("set role stranger")
+            database.rows("create view listener.waiting as select 1 / 0 as event_id")
+            database.rows("reset role")
 
-                with pytest.raises(SchemaError, match=r"^listener\.waiting belongs to a role"):
-                    install_in(database.conn)
-        finally:
-            admin.execute("drop owned by stranger cascade")
-            admin.execute("drop role stranger")
+            with pytest.raises(SchemaError, match=r"^listener\.waiting belongs to a role"):
+                install_in(database.conn)
 
 
 def test_default_privileges_give_nobody_a_way_past_row_level_security(
@@ -405,26 +396,25 @@ def test_default_privileges_give_nobody_a_way_past_row_level_security(
         "select c.relname, a.privilege_type from pg_class c cross join aclexplode(c.relacl) a "
         "join pg_roles r on r.oid = a.grantee where r.rolname = 'monitor' order by 1, 2"
     )
-    with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
-        admin.execute("create role monitor nologin")
-        try:
-            for kind in ("tables", "sequences", "schemas"):
-                admin.execute(f"alter default privileges grant all on {kind} to monitor".encode())
-            with with_events(url, "id bigint primary key, message text") as database:
-                database.rows("revoke all on public.iot_events from monitor")
-                install_in(database.conn)
+    with (
+        new_database() as url,
+        connect(Settings(database_url=url), "admin") as admin,
+        role(admin, "monitor"),
+    ):
+        for kind in ("tables", "sequences", "schemas"):
+            admin.execute(f"alter default privileges grant all on {kind} to monitor".encode())
+        with with_events(url, "id bigint primary key, message text") as database:
+            database.rows("revoke all on public.iot_events from monitor")
+            install_in(database.conn)
 
-                # Row-level security is about these; `listener.status` is for whom you let watch.
-                assert {
-                    right for table, right in database.rows(rights) if table == "event_embeddings"
-                } <= {"SELECT", "INSERT", "UPDATE", "DELETE", "MAINTAIN"}
-                assert {table for table, _ in database.rows(rights)} == {
-                    "event_embeddings",
-                    "status",
-                }
-        finally:
-            admin.execute("drop owned by monitor")
-            admin.execute("drop role monitor")
+            # Row-level security is about these; `listener.status` is for whom you let watch.
+            assert {
+                right for table, right in database.rows(rights) if table == "event_embeddings"
+            } <= {"SELECT", "INSERT", "UPDATE", "DELETE", "MAINTAIN"}
+            assert {table for table, _ in database.rows(rights)} == {
+                "event_embeddings",
+                "status",
+            }
 
 
 _OVERLOADS = """
@@ -457,8 +447,7 @@ def test_the_remedy_for_a_missing_right_can_be_run_as_it_stands(new_database: Ne
     """Also for a name that has to be quoted."""
     with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
         admin.execute("create extension vector")
-        admin.execute('create role "app-owner" login nosuperuser')
-        try:
+        with role(admin, '"app-owner"', "login nosuperuser"):
             admin.execute("create table public.iot_events (id bigint primary key, message text)")
             admin.execute('alter table public.iot_events owner to "app-owner"')
             settings = Settings(database_url=url.replace("postgres@", "app-owner@"))
@@ -468,9 +457,6 @@ def test_the_remedy_for_a_missing_right_can_be_run_as_it_stands(new_database: Ne
                         require_installable(read_facts(conn))
                     admin.execute(str(caught.value).partition("; ")[2].encode())
                 require_installable(read_facts(conn))
-        finally:
-            admin.execute('drop owned by "app-owner" cascade')
-            admin.execute('drop role "app-owner"')
 
 
 def test_a_role_that_creates_roles_gives_the_trigger_functions_away(
@@ -479,12 +465,11 @@ def test_a_role_that_creates_roles_gives_the_trigger_functions_away(
     """As on Supabase: no superuser, but createrole."""
     with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
         admin.execute("create extension vector")
-        admin.execute("create role managing login nosuperuser createrole")
         owner_existed = (
             admin.execute("select from pg_roles where rolname = 'listener_owner'").fetchone()
             is not None
         )
-        try:
+        with role(admin, "managing", "login nosuperuser createrole"):
             admin.execute("grant create on schema public to managing")
             admin.execute(
                 "do $$ begin execute format('grant create on database %I to managing',"
@@ -503,9 +488,6 @@ def test_a_role_that_creates_roles_gives_the_trigger_functions_away(
                 )
                 with serving(database):
                     database.wait_for_rest()
-        finally:
-            admin.execute("drop owned by managing cascade")
-            admin.execute("drop role managing")
 
     assert owners == [("listener_owner",)]
 
@@ -513,17 +495,16 @@ def test_a_role_that_creates_roles_gives_the_trigger_functions_away(
 def test_a_writer_without_any_right_on_the_schema_inserts_and_updates(database: Database) -> None:
     """Also with a search path of its own making."""
     database.rows("drop role if exists device")
-    database.rows("create role device")
-    database.rows("grant insert, update, select on public.iot_events to device")
-    database.rows("create schema hostile")
-    for function in ("now()", "nextval(text)", "pg_notify(text, text)", "sha256(bytea)"):
-        database.rows(
-            f"create function hostile.{function} returns int language sql as 'select 1/0'"
-        )
-    database.rows("create table hostile.new_events (id bigint)")
-    database.rows("create table hostile.change (event_id bigint)")
-    database.rows("grant usage on schema hostile to device")
-    try:
+    with role(database.conn, "device"):
+        database.rows("grant insert, update, select on public.iot_events to device")
+        database.rows("create schema hostile")
+        for function in ("now()", "nextval(text)", "pg_notify(text, text)", "sha256(bytea)"):
+            database.rows(
+                f"create function hostile.{function} returns int language sql as 'select 1/0'"
+            )
+        database.rows("create table hostile.new_events (id bigint)")
+        database.rows("create table hostile.change (event_id bigint)")
+        database.rows("grant usage on schema hostile to device")
         with database.session() as writer:
             writer.execute("set role device")
             writer.execute("set search_path = hostile, pg_catalog, pg_temp")
@@ -534,9 +515,6 @@ def test_a_writer_without_any_right_on_the_schema_inserts_and_updates(database: 
             writer.execute("update public.iot_events set message = 'n'")
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 writer.execute("select listener.queue_inserted()")
-    finally:
-        database.rows("drop owned by device")
-        database.rows("drop role device")
 
     assert database.value("select count(*) from listener.change") == 2
 

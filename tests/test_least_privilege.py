@@ -26,6 +26,7 @@ from tests.harness import (
     RunningService,
     is_asleep,
     listener,
+    role,
     serve_once,
     serving,
     wait_until,
@@ -71,16 +72,6 @@ def documented() -> set[tuple[str, str, str]]:
         for target, role, rights, _ in table(ARCHITECTURE, "Object")
         for right in rights.split(",")
     }
-
-
-@contextmanager
-def role(database: Database, name: str, attributes: str = "nologin") -> Iterator[str]:
-    database.rows(f"create role {name} {attributes}")
-    try:
-        yield name
-    finally:
-        database.rows(f"drop owned by {name} cascade")
-        database.rows(f"drop role {name}")
 
 
 @contextmanager
@@ -283,7 +274,7 @@ def hide_events(database: Database) -> None:
 def test_a_reader_sees_an_embedding_only_if_it_may_see_the_event(database: Database) -> None:
     """The policy of iot_events decides; the service embeds what it hides all the same."""
     hide_events(database)
-    with serving(database), role(database, "tenant") as tenant:
+    with serving(database), role(database.conn, "tenant") as tenant:
         database.insert("not theirs")
         (theirs,) = database.rows(
             "insert into public.iot_events (device_id, event_type, severity) "
@@ -299,7 +290,7 @@ def test_a_reader_sees_an_embedding_only_if_it_may_see_the_event(database: Datab
 
 def test_a_reader_without_a_right_on_events_reads_no_embedding(database: Database) -> None:
     """Vectors give texts away."""
-    with serving(database), role(database, "stranger") as stranger:
+    with serving(database), role(database.conn, "stranger") as stranger:
         database.insert("a")
         database.wait_for_rest()
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="event_embeddings"):
@@ -318,7 +309,7 @@ def test_the_policy_costs_the_owner_nothing_and_a_reader_no_index(database: Data
         "explain select event_id from public.event_embeddings "
         "order by embedding <=> array_fill(1, array[384])::vector limit 10"
     )
-    with role(database, "searcher") as searcher:
+    with role(database.conn, "searcher") as searcher:
         database.rows(f"grant select on public.iot_events, public.event_embeddings to {searcher}")
         plans = {}
         for name in ("postgres", searcher):
@@ -333,7 +324,7 @@ def test_the_policy_costs_the_owner_nothing_and_a_reader_no_index(database: Data
 
 def test_a_reader_has_no_way_into_the_private_schema(database: Database) -> None:
     """Not to its tables, views or functions."""
-    with role(database, "curious") as curious, acting_as(database, curious) as conn:
+    with role(database.conn, "curious") as curious, acting_as(database, curious) as conn:
         for statement in ("select from listener.queue", "select listener.coverage('m', 1)"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 conn.execute(statement.encode())
@@ -341,7 +332,7 @@ def test_a_reader_has_no_way_into_the_private_schema(database: Database) -> None
 
 def test_the_operators_policies_and_grants_outlive_an_install(database: Database) -> None:
     """The table is closed once; who may read it afterwards is the operator's choice."""
-    with role(database, "analyst") as analyst:
+    with role(database.conn, "analyst") as analyst:
         database.rows("drop policy event_embeddings_as_events on public.event_embeddings")
         database.rows(f"grant select on public.event_embeddings to {analyst}")
         database.rows(f"create policy mine on public.event_embeddings to {analyst} using (true)")
@@ -363,7 +354,7 @@ def test_a_policy_of_the_operators_outlives_another_constraint_of_the_key(
 ) -> None:
     """What the foreign key needs is not the policies' business, even under the name of ours."""
     database.rows("create table public.allowed (name text)")
-    with role(database, "analyst") as analyst:
+    with role(database.conn, "analyst") as analyst:
         tables = "public.event_embeddings, public.iot_events, public.allowed"
         database.rows(f"grant select on {tables} to {analyst}")
         database.rows(
@@ -709,7 +700,7 @@ def test_check_as_a_role_without_any_right_names_the_grant(
 ) -> None:
     """As where the role was made and the second line forgotten."""
     database = database.with_settings(embedding_model=str(static_model))
-    with role(database, "forgotten", "login"):
+    with role(database.conn, "forgotten", "login"):
         url = database.owner.database_url.replace("//postgres@", "//forgotten@")
 
         finished = listener(replace(database.settings, database_url=url), "check", check=False)

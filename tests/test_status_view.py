@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from listener import queries
 from listener.status import read_status
-from tests.harness import Database, serving
+from tests.harness import Database, role, serving
 
 
 def test_the_view_tells_what_waits_by_lane_and_what_is_parked(database: Database) -> None:
@@ -97,14 +97,10 @@ def test_the_view_reads_neither_table_of_events_as_a_whole(database: Database) -
 
 def test_who_watches_needs_no_right_but_the_view(database: Database) -> None:
     """Usage on the schema and select on listener.status."""
-    database.rows("create role watcher")
-    try:
+    with role(database.conn, "watcher"):
         database.rows("grant usage on schema listener to watcher")
         database.rows("grant select on listener.status to watcher")
         database.rows("set role watcher")
 
         assert database.value("select pending from listener.status") == 0
-    finally:
         database.rows("reset role")
-        database.rows("drop owned by watcher")
-        database.rows("drop role watcher")
