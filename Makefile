@@ -15,7 +15,7 @@ run: $(VENV)/.demo ## the service on DATABASE_URL, or without one the demo
 	then exec $(BIN)/listener run; else exec $(BIN)/listener demo; fi
 
 test: $(VENV)/.dev ## the whole suite against an ephemeral Postgres
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
