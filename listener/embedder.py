@@ -17,6 +17,8 @@ from listener.errors import ConfigError
 from listener.model import ModelFiles, locate
 
 _DEVICES = Path("/dev")
+# A thirtieth of the default; between the steps of a pass it is less.
+_SPINS = "10000"
 
 
 class Embedder(Protocol):
@@ -58,6 +60,9 @@ def load_embedder(settings: Settings) -> Embedder:
         return engine_openvino.OpenVinoEmbedder.of_cache(files, settings)
     if engine == "static":
         return engine_static.StaticEmbedder(files)
+    # Read when torch is imported. By default a helper spins for milliseconds after a pass, on the
+    # core on which the thread that waits for the vectors would wake.
+    os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     # Imports torch: seconds, and hundreds of megabytes.
     from listener.engine_torch import SentenceTransformersEmbedder
 

@@ -19,7 +19,7 @@ from listener import helper_threads
 from listener.config import Settings
 from listener.embedder import Embedder, load_embedder
 from listener.helper_threads import HelperThreads
-from tests.harness import wait_until
+from tests.harness import empty_folder, environment, wait_until
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.cpu_count() == 1, reason="only Linux says who runs where"
@@ -203,3 +203,21 @@ def test_torch_is_helped_with_a_short_text_only_where_a_core_is_idle(
     assert torch.get_num_threads() == 1
     embedder.encode([SHORT, LONG])
     assert torch.get_num_threads() == 2
+
+
+def test_torchs_helpers_soon_sleep(minilm: Path) -> None:
+    """So says the library beneath that runs them, which reads it once."""
+    settings = Settings(database_url="", embedding_model=str(minilm), engine="torch")
+    load = "import os; from listener.config import Settings; from listener.embedder import "
+    load += "load_embedder; load_embedder(Settings.from_environment(os.environ))"
+
+    finished = subprocess.run(
+        [sys.executable, "-c", load],
+        env=environment(settings, OMP_DISPLAY_ENV="verbose"),
+        cwd=empty_folder(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert "GOMP_SPINCOUNT = '10000'" in finished.stderr
