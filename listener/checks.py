@@ -130,8 +130,7 @@ def _check_rights(settings: Settings, facts: Facts, work: Connection) -> Finding
     nobody = kinds.get(facts.key.type if facts.key else "", 0)
     try:
         with work.transaction(force_rollback=True):
-            # None: what it parked, the log would tell, though it is rolled back.
-            queue.claim(0)
+            queue.claim(1)
             queue.read(Claim(0, [nobody]))
             queue.write(0, [Event(nobody, 0, "")], [np.zeros(DIMENSION, np.float32)], "")
             queue.fail(0, [nobody], "")

@@ -17,7 +17,7 @@ from listener.errors import ConfigError
 from listener.model import ModelFiles, locate
 
 _DEVICES = Path("/dev")
-# A thirtieth of the default; between the steps of a pass it is less.
+# A thirtieth of the default, and longer than a helper waits between the steps of a pass.
 _SPINS = "10000"
 
 

@@ -23,12 +23,10 @@ from listener.checks_link import is_over_a_network
 from listener.config import Settings
 from listener.embedded import Server
 from listener.finding import Finding
-from listener.queue import Queue
 from listener.status import other_model
 from tests.harness import (
     Database,
     TinyEmbedder,
-    claimed,
     empty_folder,
     environment,
     listener,
@@ -145,19 +143,6 @@ def test_check_tries_every_statement_by_which_a_claim_can_end(
     assert findings(static)["rights"].ok
 
     assert {queries.WRITE, queries.DISCARD, queries.FAIL, queries.RELEASE, queries.EXTEND} <= tried
-
-
-def test_check_tells_of_no_event_that_it_had_parked(static: Database) -> None:
-    """Nothing that it tries is there to stay."""
-    static.insert("a")
-    with static.service_session() as conn:
-        claimed(Queue(conn, static.settings, None))
-    static.rows("update listener.queue set due_at = now(), attempts = 5")
-
-    finished = listener(static.settings, "check")
-
-    assert "parked" not in finished.stderr
-    assert static.value("select attempts from listener.queue") == 5
 
 
 def test_a_missing_model_fails(database: Database) -> None:
