@@ -3,6 +3,7 @@
 ListenerError            one clear line on stderr
 ├── ConfigError       exit 2: a setting or the model; a human must act
 ├── SchemaError       exit 3: something that `listener install` or the owner provides is missing
+├── SweepGivenUp      exit 2: `run --once` ends without having seen all of the last N
 ├── ConnectionLost    back off, connect again, LISTEN, drain
 │   ├── StatementTimeout  try less at a time where that can help, else the same
 │   └── LostOverEvents    the same; several times over one event make it a suspect
@@ -34,6 +35,12 @@ class SchemaError(ListenerError):
     """The database's objects or rights are not what the listener needs."""
 
     exit_code = 3
+
+
+class SweepGivenUp(ListenerError):
+    """Not all of the last N could be looked at; the service would try again at the next sweep."""
+
+    exit_code = 2
 
 
 class ConnectionLost(ListenerError):

@@ -18,7 +18,14 @@ from listener.config import Settings
 from listener.counters import counters
 from listener.database import Connection, cause_of, connect, reconnecting, translated
 from listener.encoding import Encoder
-from listener.errors import ConnectionLost, ListenerError, LostOverEvents, ModelFault, SchemaError
+from listener.errors import (
+    ConnectionLost,
+    ListenerError,
+    LostOverEvents,
+    ModelFault,
+    SchemaError,
+    SweepGivenUp,
+)
 from listener.health import health
 from listener.install import verify
 from listener.logs import log
@@ -71,7 +78,7 @@ class Service:
         """Serve until stopped, or with `once` until nothing is due and the sweep is done.
 
         Raises SchemaError if the database isn't installed, EncoderLost where only a new process
-        can go on. Stopped while it connects again, it returns.
+        can go on, SweepGivenUp at the end of `once`. Stopped while it connects again, it returns.
         """
         doublings = 0
         while not self._stop.is_set():
@@ -237,6 +244,8 @@ class _Session:
     def run_once(self) -> None:
         while not self._stop.is_set() and (self._drain() or self._sweep_page()):
             pass
+        if failure := self._kept.sweep.failure:
+            raise SweepGivenUp(f"sweep_given_up with {failure}; see Troubleshooting in README")
 
     def _drain(self) -> int:
         claimed = self._pipeline.drain(self._stay_awake, self._after_step)

@@ -42,6 +42,8 @@ class Sweep:
         self._settings = settings
         self._current = _UnderWay(settings.backfill_last_n)
         self._next_at = time.monotonic() if settings.backfill_last_n else float("inf")
+        # Why the last one was given up, if it was.
+        self.failure: str | None = None
 
     def seconds_left(self) -> float:
         """Until it begins; 0 or less while it is under way."""
@@ -75,8 +77,10 @@ class Sweep:
         is_last = events == 1 and (self._current.is_blind or not may_be_blind)
         if is_last:
             # To begin anew at once would fail again.
-            log(logging.WARNING, "sweep_given_up", left=self._current.left, cause=cause_of(error))
+            left, cause = self._current.left, cause_of(error)
+            log(logging.WARNING, "sweep_given_up", left=left, cause=cause)
             self._schedule()
+            self.failure = f"{left} of the last {self._current.left} events unseen ({cause})"
         self._current.is_blind = events == 1 and not is_last
 
     def _queue_page(self, queue: Queue, model: str, events: int) -> int:
@@ -98,5 +102,5 @@ class Sweep:
         return page.queued
 
     def _schedule(self) -> None:
-        self._current = _UnderWay(self._settings.backfill_last_n)
+        self._current, self.failure = _UnderWay(self._settings.backfill_last_n), None
         self._next_at = time.monotonic() + (self._settings.sweep_seconds or float("inf"))

@@ -10,7 +10,7 @@ from listener import queries
 from listener.claim import Event
 from listener.counters import counters
 from listener.database import Connection
-from listener.errors import ConnectionLost, SchemaError, StatementTimeout
+from listener.errors import ConnectionLost, SchemaError, StatementTimeout, SweepGivenUp
 from listener.queue import Queue
 from listener.sweep import Sweep
 from tests.harness import (
@@ -454,6 +454,20 @@ def test_a_sweep_that_fails_whatever_it_reads_is_given_up_until_the_next(
         wait_until(lambda: event_id in database.embedded())
 
         assert database.value("select last_value from listener.worker_token") == 1
+
+
+def test_run_once_fails_where_its_sweep_is_given_up(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A timer would pass for fine, while events of the last N were never looked at."""
+    limit_statements(monkeypatch, "0.5s")
+    change_sweep(database, "true")
+    (event_id,) = database.insert("good")
+
+    with pytest.raises(SweepGivenUp, match=r"4 of the last 4 events unseen \(QueryCanceled"):
+        serve_once(database.with_settings(backfill_last_n=4))
+
+    assert event_id in database.embedded()
 
 
 def test_behind_a_pooler_a_sweep_does_not_queue_what_takes_too_long(
