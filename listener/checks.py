@@ -130,6 +130,7 @@ def _check_rights(settings: Settings, facts: Facts, work: Connection) -> Finding
     nobody = kinds.get(facts.key.type if facts.key else "", 0)
     try:
         with work.transaction(force_rollback=True):
+            # Of one, not of none: only where it leases an event does it need the lease's sequence.
             queue.claim(1)
             queue.read(Claim(0, [nobody]))
             queue.write(0, [Event(nobody, 0, "")], [np.zeros(DIMENSION, np.float32)], "")
