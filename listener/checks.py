@@ -101,7 +101,10 @@ def _check_metrics() -> Finding:
 
 def _check_extension(facts: Facts) -> Finding:
     if facts.vector_schema is None:
-        remedy = "pgvector is not created here; run `create extension vector` or `listener install`"
+        remedy = (
+            "pgvector is not created here; run `listener install`, or as a superuser "
+            "`create extension vector`"
+        )
         return Finding("extension", remedy, 3)
     return Finding("extension", f"pgvector {facts.vector_version} in schema {facts.vector_schema}")
 

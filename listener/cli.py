@@ -11,7 +11,7 @@ import click
 
 from listener import __version__, commands_install, commands_read, commands_run
 from listener.config import is_utf8
-from listener.console import say
+from listener.console import complain
 from listener.errors import ConfigError, ListenerError
 
 _STDERR = 2
@@ -66,14 +66,14 @@ def _run() -> int:
     except click.ClickException as error:
         shown = StringIO()
         error.show(shown)
-        say(shown.getvalue().rstrip())
+        complain(shown.getvalue().rstrip())
         return 2
     except (click.Abort, KeyboardInterrupt):
         return 130
     except ListenerError as error:
-        say(f"listener: {error}")
+        complain(f"listener: {error}")
         return error.exit_code
     except Exception:  # noqa: BLE001  the last resort: a traceback, but never with a secret in it
-        say(traceback.format_exc())
+        complain(traceback.format_exc())
         return 1
     return 0

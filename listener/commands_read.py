@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from listener.embedder import Embedder
 
 
-@click.command("check", cls=Command, settings=SERVICE)
+@click.command("check", cls=Command, settings=(*SERVICE, "metrics_port"))
 def check_command() -> None:
     """One line per precondition: ok, or warn or FAIL with the remedy; exit 0 if none is FAIL."""
     from listener.checks import run_checks

@@ -22,6 +22,7 @@ from listener.console import (
     MODEL,
     SERVICE,
     Command,
+    complain,
     load_encoder,
     printable,
     say,
@@ -85,7 +86,7 @@ def _serve(settings: Settings, stop: Stop, *, once: bool) -> None:
             Service(settings, encoder, stop).run(once=once)
         except EncoderLost as error:
             try:
-                say(f"listener: {error}")
+                complain(f"listener: {error}")
                 logging.shutdown()
             finally:
                 # Any other way out would wait for a thread that may never return.

@@ -111,7 +111,9 @@ class Settings:
         choices=("gated", "always", "never"),
     )
     metrics_port: int = _setting(
-        0, "Port of /metrics, /healthz and /readyz; 0 for none. Needs the extra `metrics`."
+        0,
+        "Port of /metrics, /healthz and /readyz; 0 for none. Needs the extra `metrics`.",
+        at_most=65535,
     )
     metrics_host: str = _setting("127.0.0.1", "Address that this port is opened on.")
     reports_dir: Path = _setting(Path("_reports"), "Where commands leave their reports.")
@@ -195,7 +197,8 @@ def load_settings() -> Settings:
 
 
 def _load(path: Path) -> None:
-    if not path.exists():
+    # A link to nowhere is not none: whoever made it means a file.
+    if not path.exists() and not path.is_symlink():
         return
     text = path.read_text("utf-8-sig")
     # python-dotenv would skip the line with a warning, and it may be the one of DATABASE_URL.

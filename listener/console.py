@@ -16,7 +16,7 @@ import click
 from listener import notify_systemd
 from listener.config import Settings, load_settings
 from listener.errors import ConfigError
-from listener.logs import redact
+from listener.logs import redact, with_priority
 from listener.stop import Stop
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ SERVICE = (
     "log_level",
 )
 # In a connection string that was given as an argument, or in the place of another setting. A port
-# is no password.
+# is no password, nor is that of our own example.
 _PASSWORD = re.compile(
-    r"(?<=://)([^/?@\s:]*:)(?!\d{1,5}[/\s,;]).+(?=@)|(password\s*=\s*)(?:'(?:[^'\\]|\\.)*'|\S+)"
+    r"(?<=://)([^/?@\s:]*:)(?!\d{1,5}[/\s,;]|password@host:).+(?=@)|(password\s*=\s*)(?:'(?:[^'\\]|\\.)*'|\S+)"
 )
 # All but new line and tab.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
@@ -75,6 +75,11 @@ def say(text: str) -> None:
         secrets = {os.environ.get("DATABASE_URL", ""), os.environ.get("PGPASSWORD", "")} - {""}
     shown = _PASSWORD.sub(r"\1\2***", redact(text, secrets))
     click.echo(printable(shown), err=True)
+
+
+def complain(text: str) -> None:
+    """Say why the command ends; with a priority where the journal reads."""
+    say(with_priority(text))
 
 
 def printable(text: str) -> str:

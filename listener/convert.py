@@ -184,7 +184,11 @@ def _write(folder: Path, original: SentenceTransformersEmbedder, files: ModelFil
             "ENGINE=torch"
         )
     graph = _traced(original.transformer())
-    openvino.save_model(graph, folder / engine_openvino.GRAPH, compress_to_fp16=False)
+    try:
+        openvino.save_model(graph, folder / engine_openvino.GRAPH, compress_to_fp16=False)
+    except RuntimeError as error:
+        # A full disk. It raises nothing finer.
+        raise OSError(str(error)) from error
     (folder / engine_openvino.TOKENIZER).write_text(_bare(tokenizer), "utf-8")
     manifest = {
         "format": engine_openvino.FORMAT,

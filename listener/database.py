@@ -191,7 +191,8 @@ def translated() -> Iterator[None]:
         ) from error
     except errors.ReadOnlySqlTransaction as error:
         raise ConnectionLost(
-            "the server is read-only: a standby or a failed-over primary"
+            "the server is read-only: a standby, a failed-over primary, or "
+            "default_transaction_read_only is on"
         ) from error
     except (errors.TransactionTimeout, errors.IdleInTransactionSessionTimeout) as error:
         raise ConnectionLost(cause_of(error)) from error

@@ -21,6 +21,7 @@ from listener.trust import require_trusted
 _APPLIED = "select a.file, a.digest, a.columns from listener.applied a"
 _EMBEDDINGS_FILE = "002_event_embeddings.sql"
 _INPUT_FILE = "003_embedding_input.sql"
+_FUNCTIONS_FILE = "005_trigger_functions.sql"
 _OWNER_FILE = "006_owner.sql"
 _TRIGGERS_FILE = "007_triggers.sql"
 _WORKER_FILE = "009_worker.sql"
@@ -104,6 +105,11 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
         step = Step(file, text, chosen if file == _INPUT_FILE else None)
         if _is_needed(step, facts, applied, columns is not None):
             steps.append(step)
+    if any(step.file == _FUNCTIONS_FILE for step in steps) and not _may_replace(facts):
+        raise SchemaError(
+            f"the trigger functions belong to listener_owner, and role {facts.role} is no member "
+            f"of it; grant listener_owner to {sql.Identifier(facts.role).as_string()}"
+        )
     locks = any(step.file in _LOCKING_FILES for step in steps)
     opening = _OPENING % (_LOCK_EVENTS if locks else "")
     notes = _input_notes(facts, chosen, columns is not None) + _role_notes(facts)
@@ -150,6 +156,11 @@ def _may_own(facts: Facts) -> bool:
     return may_create or facts.member_of_owner_role
 
 
+def _may_replace(facts: Facts) -> bool:
+    """Whether the trigger functions may be replaced; not after a change of owner, as such."""
+    return facts.member_of_owner_role or not facts.owner_role_owns
+
+
 def _may_grant(facts: Facts) -> bool:
     return facts.worker_role_exists or facts.may_create_role
 
@@ -183,7 +194,7 @@ def _input_notes(facts: Facts, columns: Sequence[str], columns_given: bool) -> l
 
 def _role_notes(facts: Facts) -> list[str]:
     notes = []
-    if not _may_own(facts):
+    if not _may_own(facts) and not facts.owner_role_owns:
         notes.append(
             f"role {facts.role} can't create role listener_owner or is no member of it: the "
             "trigger functions stay its own"
@@ -222,9 +233,10 @@ def apply_plan(conn: Connection, plan: Plan, tell: Callable[[str], None] = lambd
         except psycopg.OperationalError:
             raise
         except psycopg.DatabaseError as error:
+            said = " ".join(filter(None, (error.diag.message_primary, error.diag.message_hint)))
             raise SchemaError(
-                f"the database refused it ({error.diag.message_primary}); nothing was changed; see "
-                "which object or right that is, then run it again"
+                f"the database refused it ({said}); nothing was changed; see which object or right "
+                "that is, then run it again"
             ) from error
 
 

@@ -132,6 +132,13 @@ class _Formatter(logging.Formatter):
         return value if isinstance(value, int | bool) else redact(str(value), self._secrets)
 
 
+def with_priority(text: str) -> str:
+    """Each line as an error, where stderr is the journal's."""
+    if not _is_journal():
+        return text
+    return "\n".join(_PRIORITIES["error"] + line for line in text.splitlines())
+
+
 def _is_journal() -> bool:
     """Whether stderr is the journal's; a child of the service may have another stderr."""
     file = os.fstat(2)

@@ -28,7 +28,10 @@ def server_problem(facts: Facts) -> str | None:
     if facts.encoding != "UTF8":
         return f"database {facts.database} is encoded in {facts.encoding}; UTF8 is needed"
     if facts.read_only:
-        return "the server is read-only (a standby?); connect to the primary"
+        return (
+            "the server is read-only: a standby, or default_transaction_read_only is on for the "
+            "role or the database; connect to the primary, or switch that off"
+        )
     if facts.vector_schema is None and not facts.vector_available:
         return "the extension pgvector is not on this server; install its package, then run again"
     return None

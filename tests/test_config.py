@@ -26,6 +26,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         ("RETRY_SECONDS", "1e308", "at least 0.01 and at most 3600"),
         ("BACKFILL_LAST_N", "9999999999", "at least 0 and at most 2147483646"),
         ("MAX_ATTEMPTS", "1000000", "at least 1 and at most 1000"),
+        ("METRICS_PORT", "65536", "at least 0 and at most 65535"),
         ("NOTIFY", "sometimes", "one of gated, always, never"),
         ("MODEL_CACHE", "~nobody-has-this-name/x", "no such home directory"),
     ],
@@ -87,6 +88,16 @@ def test_a_bad_connection_string_is_not_quoted(url: str) -> None:
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
+def test_what_a_connection_string_looks_like_is_said_whole(tmp_path: Path) -> None:
+    """The password of the example is nobody's."""
+    settings = Settings(database_url="mysql://u:s3cret@host/db", reports_dir=tmp_path)
+
+    said = listener(settings, "status", check=False).stderr
+
+    assert "write postgresql://user:password@host:5432/database with special" in said
+    assert "s3cret" not in said
+
+
 def test_the_environment_wins_over_the_env_file(tmp_path: Path) -> None:
     """`.env` fills in, never overrides."""
     (tmp_path / ".env").write_text("BATCH_EVENTS=zero\nMAX_ATTEMPTS=none\n")
@@ -119,6 +130,16 @@ def test_an_empty_variable_of_libpq_hides_none_of_the_env_file_either(tmp_path: 
 
     assert finished.returncode == 2
     assert "127.0.0.1" in finished.stderr
+
+
+def test_an_env_file_that_is_a_link_to_nowhere_is_not_none(tmp_path: Path) -> None:
+    """The command would else take the database of this machine."""
+    (tmp_path / ".env").symlink_to("of-the-service.env")
+
+    finished = listener(Settings(reports_dir=tmp_path), "status", check=False, cwd=tmp_path)
+
+    assert finished.returncode == 2
+    assert "can't be read (FileNotFoundError)" in finished.stderr
 
 
 def test_an_env_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:

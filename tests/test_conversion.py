@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +21,7 @@ from listener.embedder import load_embedder
 from listener.engine_openvino import converted_directory
 from listener.errors import ConfigError
 from listener.model import locate
-from tests.harness import Spawn, listener
+from tests.harness import Spawn, empty_folder, environment, listener
 from tests.test_engines import chosen
 
 # --- conversion ----------------------------------------------------------------------------------
@@ -158,6 +161,26 @@ def test_a_cache_that_cannot_be_written_is_a_configuration_error(
 
     with pytest.raises(ConfigError, match=r"MODEL_CACHE .* can't be written"):
         convert(replace(converted, model_cache=tmp_path / "file"))
+
+
+def test_a_full_disk_is_a_configuration_error(minilm: Path, tmp_path: Path) -> None:
+    """No bug; and no half of a model stays. A limit on the size of a file is as good as full."""
+    settings = Settings(embedding_model=str(minilm), model_cache=tmp_path)
+    limited = ["sh", "-c", 'ulimit -f 2048 && exec "$@"', "sh", sys.executable, "-m", "listener"]
+
+    finished = subprocess.run(
+        [*limited, "model", "convert"],
+        env=environment(settings),
+        cwd=empty_folder(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+    assert finished.returncode == 2
+    assert re.match(r"listener: MODEL_CACHE .* can't be written", finished.stderr)
+    assert not list(tmp_path.rglob("*.xml"))
 
 
 # --- files that are not right --------------------------------------------------------------------

@@ -492,6 +492,25 @@ def test_a_role_that_creates_roles_gives_the_trigger_functions_away(
     assert owners == [("listener_owner",)]
 
 
+def test_after_a_change_of_owner_a_repair_names_the_grant_that_it_needs(
+    database: Database,
+) -> None:
+    """The trigger functions belong to a role that the new owner is no member of."""
+    with role(database.conn, "heir", "login nosuperuser") as heir:
+        database.rows(f"grant usage on schema listener to {heir}")
+        database.rows(f"grant select on listener.applied to {heir}")
+        url = database.owner.database_url.replace("postgres@", f"{heir}@")
+        with connect(Settings(database_url=url), "listener-install") as conn:
+            assert install.plan_install(conn, read_facts(conn), None).steps == ()
+            database.rows("alter table public.iot_events disable trigger listener_inserted")
+
+            with pytest.raises(SchemaError, match='grant listener_owner to "heir"'):
+                install.plan_install(conn, read_facts(conn), None)
+
+            database.rows(f"grant listener_owner to {heir}")
+            assert install.plan_install(conn, read_facts(conn), None).steps
+
+
 def test_a_writer_without_any_right_on_the_schema_inserts_and_updates(database: Database) -> None:
     """Also with a search path of its own making."""
     database.rows("drop role if exists device")

@@ -15,7 +15,7 @@ import pytest
 
 from listener.config import Settings
 from listener.logs import configure_logs, log
-from tests.harness import Database, listener
+from tests.harness import Database, empty_folder, environment, listener
 
 URL = "postgresql://u:p%22w@h/db"
 
@@ -133,6 +133,17 @@ def test_a_line_is_one_line_whatever_is_in_it(
     assert "p%22w" not in line
 
 
+def _in_journal(command: list[str], variables: dict[str, str]) -> list[str]:
+    """What a program writes to stderr, where that is what JOURNAL_STREAM names."""
+    reading, writing = os.pipe()
+    file = os.fstat(writing)
+    variables = {**variables, "JOURNAL_STREAM": f"{file.st_dev}:{file.st_ino}"}
+    subprocess.run(command, env=variables, stderr=writing, cwd=empty_folder(), check=False)
+    os.close(writing)
+    with os.fdopen(reading) as journal:
+        return journal.read().splitlines()
+
+
 _LOG_ONCE = (
     "import logging\nfrom listener.config import Settings\n"
     "from listener.logs import configure_logs, log\n"
@@ -142,17 +153,11 @@ _LOG_ONCE = (
 
 
 def test_in_the_journal_a_line_has_its_priority_and_no_time() -> None:
-    """Where stderr is what JOURNAL_STREAM names; anywhere else it has the time."""
-    reading, writing = os.pipe()
-    file = os.fstat(writing)
-    variables = {**os.environ, "JOURNAL_STREAM": f"{file.st_dev}:{file.st_ino}"}
+    """Anywhere else it has the time."""
     command = [sys.executable, "-c", _LOG_ONCE]
 
-    subprocess.run(command, env=variables, stderr=writing, check=True)
-    os.close(writing)
-    with os.fdopen(reading) as journal:
-        in_journal = journal.read().splitlines()
-    elsewhere = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    in_journal = _in_journal(command, {**os.environ})
+    elsewhere = subprocess.run(command, capture_output=True, text=True, check=True)
 
     assert in_journal == [
         "<7>level=debug event=said a=1",
@@ -161,6 +166,15 @@ def test_in_the_journal_a_line_has_its_priority_and_no_time() -> None:
         "<3>level=error event=said a=1",
     ]
     assert all(re.match(r"time=\S+ level=", line) for line in elsewhere.stderr.splitlines())
+
+
+def test_in_the_journal_the_reason_for_an_end_is_an_error() -> None:
+    """Or whoever asks the journal for what went wrong would not see it."""
+    settings = Settings(database_url="nonsense")
+
+    (line,) = _in_journal([sys.executable, "-m", "listener", "run"], environment(settings))
+
+    assert line.startswith("<3>listener: DATABASE_URL is not a connection string")
 
 
 def test_a_service_writes_one_line_a_batch(static: Database) -> None:
