@@ -36,6 +36,7 @@ select
       and i.indisvalid
       and i.indpred is null
       and am.amname = 'btree'
+      and i.indoption[0] in (0, 3)  -- nulls where `desc` has them, read either way
   ) as leads_an_index
 from pg_catalog.pg_attribute a
 where a.attrelid = (

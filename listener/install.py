@@ -40,8 +40,9 @@ _LOCK_EVENTS = """\
   lock table public.iot_events in share row exclusive mode;
 """
 # Writers lock iot_events first and listener.change second; an install in another order would end in
-# a deadlock with one that is in between. These two files lock iot_events.
-_LOCKING_FILES = {_EMBEDDINGS_FILE, _TRIGGERS_FILE}
+# a deadlock with one that is in between. Two of these files lock iot_events. That of the text must
+# wait for writers that are under way: what they changed was compared as the text was before.
+_LOCKING_FILES = {_EMBEDDINGS_FILE, _INPUT_FILE, _TRIGGERS_FILE}
 
 _MADE = re.compile(
     r"^ *create (?:or replace )?(?:table|view|sequence|function) (?:if not exists )?([\w.]+)",
@@ -211,11 +212,9 @@ def _order_notes(facts: Facts) -> list[str]:
     if facts.created_at is None or facts.created_at_is_indexed:
         return []
     if facts.newest_by_key:
-        return [
-            "iot_events.created_at is nullable or has no index, so 'the last N events' goes by id"
-        ]
+        return ["iot_events.created_at is nullable or has no plain index; 'the last N' goes by id"]
     return [
-        "iot_events.created_at is nullable or has no index, so a sweep reads the whole table; "
+        "iot_events.created_at is nullable or has no plain index; a sweep reads the whole table; "
         "make it not null, create index concurrently on public.iot_events (created_at), and run "
         "`listener install` again"
     ]

@@ -188,7 +188,7 @@ on conflict (event_id) do update set
     else excluded.queued_at
   end,
   (due_at, lease, worker, attempts, error) = (
-    select q.due_at, q.lease, q.worker, q.attempts, q.error
+    select q.due_at, q.lease, q.worker, q.attempts, null
     where q.lease is not null and q.due_at <= now()
     union all
     select excluded.due_at, excluded.lease, excluded.worker, excluded.attempts, null

@@ -90,6 +90,8 @@ def placeholders(facts: Facts, columns: Sequence[str]) -> dict[str, str]:
     text = expression(columns)
     return {
         "key_type": key_type,
+        # That of our tables. An id of another one would find no index of theirs.
+        "key_collation": 'collate pg_catalog."default"' if facts.key.type == "text" else "",
         "vector_schema": vector_schema,
         "vector": f"{vector_schema}.vector",
         "gate_key": str(GATE_KEY),

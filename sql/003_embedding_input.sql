@@ -3,6 +3,9 @@
 -- In plpgsql, because an SQL function with settings of its own can't be inlined, and starts an executor
 -- at each call.
 
+-- A worker that is storing vectors has compared them with the text as it was; wait until it is done.
+lock table listener.queue in share row exclusive mode;
+
 create or replace function listener.embedding_input(event public.iot_events)
 returns text
 language plpgsql

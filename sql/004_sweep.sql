@@ -120,7 +120,7 @@ begin
           select listener.content_hash(e.*) from public.iot_events e where e.id = m.event_id
         )
         from public.event_embeddings m
-        where m.event_id = p.event_id
+        where m.event_id = p.event_id @key_collation@
           and m.model = p_model
           and not exists (select from listener.queue q where q.event_id = m.event_id)
       ),
@@ -228,10 +228,13 @@ as $$
     q.lease is not null,
     q.error
   from listener.event e
-  left join listener.embedding m on m.event_id = e.id
-  left join listener.queue q on q.event_id = e.id
+  -- By p_id: an id of another collation than the default finds no index of ours.
+  left join listener.embedding m on m.event_id = p_id::@key_type@
+  left join listener.queue q on q.event_id = p_id::@key_type@
   cross join lateral (
-    select exists (select from listener.change c where c.event_id = e.id) as has_changed
+    select exists (
+      select from listener.change c where c.event_id = p_id::@key_type@
+    ) as has_changed
   ) w
   where e.id = p_id::@key_type@
 $$;
@@ -284,7 +287,7 @@ begin
   select extract(epoch from m.embedded_at - e.created_at)::double precision
   from listener.page(null, null, p_last, null) p
   join public.iot_events e on e.id = p.event_id
-  join public.event_embeddings m on m.event_id = e.id
+  join public.event_embeddings m on m.event_id = p.event_id
   where pg_catalog.isfinite(e.created_at);
 end
 $$;

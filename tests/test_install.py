@@ -136,6 +136,8 @@ def test_a_created_at_that_is_null_or_no_time_hides_no_event_from_the_sweep(
         "using hash (created_at)",
         "(created_at) where created_at > '2026-01-01'",
         "(device_id, created_at)",
+        "(created_at desc nulls last)",
+        "(created_at nulls first)",
     ],
 )
 def test_an_index_that_gives_no_order_does_not_make_created_at_the_order_of_the_sweep(
@@ -153,7 +155,7 @@ def test_an_index_that_gives_no_order_does_not_make_created_at_the_order_of_the_
 
     assert not read_facts(database.conn).created_at_is_indexed
 
-    database.rows("create index on public.iot_events (created_at)")
+    database.rows("create index on public.iot_events (created_at desc)")
     assert read_facts(database.conn).created_at_is_indexed
 
 

@@ -7,7 +7,7 @@ import pytest
 from listener import install
 from listener.catalogue import read_facts
 from listener.errors import SchemaError
-from tests.harness import Database, listener, serve_once, serving
+from tests.harness import Database, TinyEmbedder, listener, serve_once, serving
 from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
 
 _TEXT = "select listener.embedding_input(t) from public.iot_events t"
@@ -112,6 +112,29 @@ def test_a_database_that_quotes_all_names_is_like_any_other(new_database: NewDat
         install.verify(database.conn)
 
         assert install_in(database.conn).steps == ()
+
+
+def test_an_id_of_another_collation_reads_no_embedding_but_its_own(
+    new_database: NewDatabase,
+) -> None:
+    """Each event would else read the whole table of embeddings."""
+    columns = 'id text collate "C" primary key, message text'
+    with new_database() as url, with_events(url, columns) as database:
+        install_in(database.conn)
+        database.rows("insert into public.iot_events select n, n from generate_series(1, 9) n")
+        serve_once(database)
+
+        database.rows("set enable_seqscan = off")
+        scans = (
+            "select coalesce(sum(seq_scan), 0) from pg_stat_xact_user_tables "
+            "where relname in ('event_embeddings', 'queue')"
+        )
+        before = database.value(scans)
+        seen = database.rows("select * from listener.coverage(%s, 9)", TinyEmbedder.fingerprint)
+        database.rows("select * from listener.describe('7')")
+
+        assert seen == [(9, 9)]
+        assert database.value(scans) == before
 
 
 def test_a_table_of_more_columns_than_a_function_takes_arguments_is_embedded(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import psycopg
 import pytest
 from psycopg import errors
@@ -17,7 +18,8 @@ from listener import cli, install, patience
 from listener.catalogue import read_facts
 from listener.config import Settings
 from listener.counters import counters
-from tests.harness import Database, Spawn, serving, wait_until
+from listener.database import Connection
+from tests.harness import Database, Spawn, serve_once, serving, vector_of, wait_until
 from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
 from tests.test_writers_are_safe import insert
 
@@ -84,6 +86,10 @@ def age(database: Database) -> None:
         "security definer set search_path = '' as $$ begin insert into listener.change (event_id) "
         "select id from new_events; perform pg_notify('listener', ''); return null; end $$"
     )
+
+
+def install_columns(conn: Connection, columns: list[str]) -> None:
+    install.apply_plan(conn, install.plan_install(conn, read_facts(conn), columns))
 
 
 def test_an_install_under_traffic_fails_no_writer_and_misses_no_event(
@@ -204,6 +210,38 @@ def test_who_never_gets_the_lock_gives_up_and_changes_nothing(
     assert "transaction forgotten (prepared for" in line
     assert "nothing was changed" in line
     assert install.plan_install(database.conn, read_facts(database.conn), None) == before
+
+
+def test_a_change_that_is_open_while_the_text_becomes_another_is_embedded(
+    database: Database,
+) -> None:
+    """The trigger compared it as the text was; the backfill after the install must see it."""
+    (event_id,) = database.insert("a")
+    install_columns(database.conn, ["message"])
+    serve_once(database)
+    with database.session("device") as writer, database.session("listener-install") as conn:
+        writer.execute("begin")
+        writer.execute("update public.iot_events set severity = 'critical'")
+        with in_the_background(lambda: install_columns(conn, ["message", "severity"])):
+            wait_until(lambda: database.waits("listener-install"))
+            writer.execute("commit")
+
+    serve_once(database)
+
+    expected = vector_of("message: a\nseverity: critical")
+    assert np.allclose(database.embedded()[event_id], expected)
+
+
+def test_the_text_becomes_another_once_the_write_in_hand_is_done(database: Database) -> None:
+    """It compared its vectors with the text as it was."""
+    with database.session("listener-work") as worker, database.session("listener-install") as conn:
+        worker.execute("begin")
+        worker.execute("delete from listener.queue")
+        with in_the_background(lambda: install_columns(conn, ["message"])):
+            wait_until(lambda: database.waits("listener-install"))
+            worker.execute("commit")
+
+    assert read_facts(database.conn).triggers_right
 
 
 def test_an_upgrade_takes_its_locks_in_the_order_of_the_writers(database: Database) -> None:

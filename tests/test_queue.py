@@ -537,6 +537,24 @@ def test_an_event_that_was_on_every_attempt_when_its_worker_died_is_parked(
     assert database.queue()[0][5:] == (True, "its worker died or lost its lease on every attempt")
 
 
+def test_a_text_that_is_parked_untried_has_not_the_error_of_the_one_before(
+    database: Database, queue: Queue
+) -> None:
+    """Whose worker died on its last attempt, and which changed before the next worker."""
+    (event_id,) = database.insert("refused")
+    for _ in range(database.settings.max_attempts - 1):
+        queue.fail(claimed(queue).lease, [event_id], "refused")
+        database.rows("update listener.queue set due_at = now()")
+    claimed(queue)
+    database.rows("update listener.queue set due_at = now()")
+    database.rows("update public.iot_events set message = 'good'")
+
+    claim = claimed(queue)
+
+    assert claim.event_ids == []
+    assert database.queue()[0][5:] == (True, "its worker died or lost its lease on every attempt")
+
+
 def test_a_writer_holding_an_event_does_not_stall_its_batch_mates(
     database: Database, queue: Queue
 ) -> None:
