@@ -158,7 +158,7 @@ def _may_own(facts: Facts) -> bool:
 
 
 def _may_replace(facts: Facts) -> bool:
-    """Whether the trigger functions may be replaced; not after a change of owner, as such."""
+    """Whether the trigger functions are this role's to replace."""
     return facts.member_of_owner_role or not facts.owner_role_owns
 
 
