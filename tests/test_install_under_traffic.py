@@ -18,7 +18,6 @@ from listener import cli, install, patience
 from listener.catalogue import read_facts
 from listener.config import Settings
 from listener.counters import counters
-from listener.database import Connection
 from tests.harness import Database, Spawn, serve_once, serving, vector_of, wait_until
 from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
 from tests.test_writers_are_safe import insert
@@ -86,10 +85,6 @@ def age(database: Database) -> None:
         "security definer set search_path = '' as $$ begin insert into listener.change (event_id) "
         "select id from new_events; perform pg_notify('listener', ''); return null; end $$"
     )
-
-
-def install_columns(conn: Connection, columns: list[str]) -> None:
-    install.apply_plan(conn, install.plan_install(conn, read_facts(conn), columns))
 
 
 def test_an_install_under_traffic_fails_no_writer_and_misses_no_event(
@@ -217,12 +212,12 @@ def test_a_change_that_is_open_while_the_text_becomes_another_is_embedded(
 ) -> None:
     """The trigger compared it as the text was; the backfill after the install must see it."""
     (event_id,) = database.insert("a")
-    install_columns(database.conn, ["message"])
+    install_in(database.conn, ["message"])
     serve_once(database)
     with database.session("device") as writer, database.session("listener-install") as conn:
         writer.execute("begin")
         writer.execute("update public.iot_events set severity = 'critical'")
-        with in_the_background(lambda: install_columns(conn, ["message", "severity"])):
+        with in_the_background(lambda: install_in(conn, ["message", "severity"])):
             wait_until(lambda: database.waits("listener-install"))
             writer.execute("commit")
 
@@ -237,7 +232,7 @@ def test_the_text_becomes_another_once_the_write_in_hand_is_done(database: Datab
     with database.session("listener-work") as worker, database.session("listener-install") as conn:
         worker.execute("begin")
         worker.execute("delete from listener.queue")
-        with in_the_background(lambda: install_columns(conn, ["message"])):
+        with in_the_background(lambda: install_in(conn, ["message"])):
             wait_until(lambda: database.waits("listener-install"))
             worker.execute("commit")
 

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -133,7 +133,7 @@ def test_a_line_is_one_line_whatever_is_in_it(
     assert "p%22w" not in line
 
 
-def _in_journal(command: list[str], variables: dict[str, str]) -> list[str]:
+def _in_journal(command: list[str], variables: Mapping[str, str]) -> list[str]:
     """What a program writes to stderr, where that is what JOURNAL_STREAM names."""
     reading, writing = os.pipe()
     file = os.fstat(writing)
@@ -156,7 +156,7 @@ def test_in_the_journal_a_line_has_its_priority_and_no_time() -> None:
     """Anywhere else it has the time."""
     command = [sys.executable, "-c", _LOG_ONCE]
 
-    in_journal = _in_journal(command, {**os.environ})
+    in_journal = _in_journal(command, os.environ)
     elsewhere = subprocess.run(command, capture_output=True, text=True, check=True)
 
     assert in_journal == [
