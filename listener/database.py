@@ -22,6 +22,7 @@ from tenacity import (
 from listener import queries
 from listener.config import Settings
 from listener.errors import (
+    READ_ONLY,
     ConfigError,
     ConnectionLost,
     ListenerError,
@@ -190,10 +191,7 @@ def translated() -> Iterator[None]:
             "role, or connect as the one that installed"
         ) from error
     except errors.ReadOnlySqlTransaction as error:
-        raise ConnectionLost(
-            "the server is read-only: a standby, a failed-over primary, or "
-            "default_transaction_read_only is on"
-        ) from error
+        raise ConnectionLost(READ_ONLY) from error
     except (errors.TransactionTimeout, errors.IdleInTransactionSessionTimeout) as error:
         raise ConnectionLost(cause_of(error)) from error
     except errors.QueryCanceled as error:

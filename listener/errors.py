@@ -18,6 +18,11 @@ from collections.abc import Sequence
 
 from listener.claim import EventId
 
+READ_ONLY = (
+    "the server is read-only: a standby, a failed-over primary, or default_transaction_read_only "
+    "is on"
+)
+
 
 class ListenerError(Exception):
     """Base of all errors whose message is written for the operator."""

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import psycopg
-from psycopg import sql
 
 from listener.catalogue import Facts, read_facts
 from listener.columns import choose_columns, is_replaced
 from listener.database import Connection, translated
 from listener.errors import SchemaError
 from listener.patience import patiently
-from listener.preflight import embeddings_problem, hidden_problem
+from listener.preflight import embeddings_problem, hidden_problem, quoted
 from listener.template import Step, fill, placeholders, sql_files, sql_text
 from listener.trust import require_trusted
 
@@ -91,7 +90,7 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
     values = placeholders(facts, chosen)
     steps = []
     if facts.vector_schema is None:
-        schema = sql.Identifier(facts.new_vector_schema).as_string()
+        schema = quoted(facts.new_vector_schema)
         create = f"create extension if not exists vector with schema {schema};"
         steps.append(Step("create extension", create))
     texts = {file: fill(sql_text(file), values) for file in sql_files()}
@@ -109,7 +108,7 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
     if any(step.file == _FUNCTIONS_FILE for step in steps) and not _may_replace(facts):
         raise SchemaError(
             f"the trigger functions belong to listener_owner, and role {facts.role} is no member "
-            f"of it; grant listener_owner to {sql.Identifier(facts.role).as_string()}"
+            f"of it; grant listener_owner to {quoted(facts.role)}"
         )
     locks = any(step.file in _LOCKING_FILES for step in steps)
     opening = _OPENING % (_LOCK_EVENTS if locks else "")

@@ -94,19 +94,27 @@ def locate(settings: Settings) -> ModelFiles:
 
 
 def _locate(settings: Settings) -> ModelFiles:
-    directory = expanded("EMBEDDING_MODEL", settings.embedding_model)
-    if directory.is_dir():
+    directory = _named_directory(settings)
+    if directory:
         _require_modules(directory)
         digest = _digest(directory)
         name = f"{_short_path(directory)}@{digest[:12]}"
         return ModelFiles(directory, name, digest, settings.precision)
-    if settings.embedding_model.startswith(("/", ".", "~")):
-        raise ConfigError(f"EMBEDDING_MODEL {settings.embedding_model} is not a directory")
     found = _pinned_snapshot(settings) or _snapshot_of_the_client(settings)
     _require_modules(found)
     # The commit, where the setting names a branch, which may be another model tomorrow.
     name = f"{settings.embedding_model}@{found.name[:12]}"
     return ModelFiles(found, name, found.name, settings.precision)
+
+
+def _named_directory(settings: Settings) -> Path | None:
+    """The directory that the setting names; None where it names a model of the hub."""
+    directory = expanded("EMBEDDING_MODEL", settings.embedding_model)
+    if directory.is_dir():
+        return directory
+    if settings.embedding_model.startswith(("/", ".", "~")):
+        raise ConfigError(f"EMBEDDING_MODEL {settings.embedding_model} is not a directory")
+    return None
 
 
 def _require_modules(directory: Path) -> None:
@@ -121,6 +129,11 @@ def _require_modules(directory: Path) -> None:
 
 def fetch(settings: Settings) -> Path:
     """Download the pinned revision to the local hub cache. Raises ConfigError without a hub."""
+    if _named_directory(settings):
+        raise ConfigError(
+            f"EMBEDDING_MODEL {settings.embedding_model} is a directory, which holds all that is "
+            "used of the model; to fetch one of the hub, set EMBEDDING_MODEL to its name there"
+        )
     try:
         found = _snapshot(settings, offline=False)
     except Exception as error:  # the hub's client, HTTP and a proxy each have errors of their own

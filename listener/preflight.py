@@ -6,7 +6,7 @@ from psycopg import sql
 
 from listener.catalogue import Facts
 from listener.config import DIMENSION
-from listener.errors import SchemaError
+from listener.errors import READ_ONLY, SchemaError
 
 _KEY_TYPES = ("bigint", "integer", "uuid", "text")
 _OLDEST_SERVER = 150000
@@ -28,10 +28,7 @@ def server_problem(facts: Facts) -> str | None:
     if facts.encoding != "UTF8":
         return f"database {facts.database} is encoded in {facts.encoding}; UTF8 is needed"
     if facts.read_only:
-        return (
-            "the server is read-only: a standby, or default_transaction_read_only is on for the "
-            "role or the database; connect to the primary, or switch that off"
-        )
+        return f"{READ_ONLY} for role or database; connect to the primary, or switch that off"
     if facts.vector_schema is None and not facts.vector_available:
         return "the extension pgvector is not on this server; install its package, then run again"
     return None
@@ -113,15 +110,16 @@ def rights_problem(facts: Facts) -> str | None:
     if not facts.installed and not facts.may_create_schema:
         return (
             f"role {facts.role} may not create a schema; "
-            f"grant create on database {_quoted(facts.database)} to {_quoted(facts.role)}"
+            f"grant create on database {quoted(facts.database)} to {quoted(facts.role)}"
         )
     if facts.embeddings_type is None and not facts.may_create_in_public:
         return (
             f"role {facts.role} may not create tables in schema public; "
-            f"grant create on schema public to {_quoted(facts.role)}"
+            f"grant create on schema public to {quoted(facts.role)}"
         )
     return None
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
+    """The name as SQL has it."""
     return sql.Identifier(name).as_string()

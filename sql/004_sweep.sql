@@ -227,16 +227,16 @@ as $$
     q.attempts,
     q.lease is not null,
     q.error
-  from listener.event e
-  -- By p_id: an id of another collation than the default finds no index of ours.
-  left join listener.embedding m on m.event_id = p_id::@key_type@
-  left join listener.queue q on q.event_id = p_id::@key_type@
+  from (select p_id::@key_type@ as id) asked
+  join listener.event e on e.id = asked.id
+  -- Not by e.id: an id of another collation than the default finds no index of ours.
+  left join listener.embedding m on m.event_id = asked.id
+  left join listener.queue q on q.event_id = asked.id
   cross join lateral (
     select exists (
-      select from listener.change c where c.event_id = p_id::@key_type@
+      select from listener.change c where c.event_id = asked.id
     ) as has_changed
   ) w
-  where e.id = p_id::@key_type@
 $$;
 
 -- The p_limit events nearest to a vector by cosine, among those of one model; `input` as above.

@@ -190,7 +190,9 @@ class Seat:
 
     def start(self) -> None:
         self.session = ExitStack()
-        self.conn = self.session.enter_context(connect(self.database.settings, "listener-work"))
+        self.conn = self.session.enter_context(
+            connect(self.database.settings, "listener-work", as_service=True)
+        )
         self.worker = self.session.enter_context(Worker.registered(self.conn, MODEL))
         self.queue = Queue(self.conn, self.database.settings, self.worker.number)
 
@@ -239,6 +241,7 @@ def plant(database: Database) -> Iterator[Plant]:
         for conn in (device, writer, database.conn):
             # A writer that had to wait for the service would fail here.
             conn.execute("set lock_timeout = '1s'")
+            conn.prepare_threshold = 5
         writer.autocommit = False
         seats = (Seat(database), Seat(database))
         yield Plant(database, device, writer, seats)

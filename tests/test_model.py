@@ -350,6 +350,12 @@ def test_a_fetch_that_fails_is_a_configuration_error_whatever_it_raises(
         fetch(Settings())
 
 
+def test_a_directory_is_not_fetched(tmp_path: Path) -> None:
+    """The client would take its path for a malformed name of the hub."""
+    with pytest.raises(ConfigError, match="is a directory, which holds all"):
+        fetch(Settings(embedding_model=str(tmp_path)))
+
+
 def test_a_model_of_another_size_is_refused(tmp_path: Path, minilm: Path) -> None:
     """event_embeddings holds 384 numbers."""
     from sentence_transformers import SentenceTransformer

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from psycopg.pq import TransactionStatus
 
 from listener.queue import Queue
 from listener.upkeep import delete_orphans, discard_parked, retry
@@ -226,11 +227,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_worker_is_idle_in_transaction(self) -> None:
-        states = self.database.rows(
-            "select distinct state from pg_stat_activity "
-            "where datname = current_database() and application_name = 'listener-work'"
-        )
-        assert {state for (state,) in states} <= {"idle"}
+        statuses = {s.conn.info.transaction_status for s in self.plant.seats if s.session}
+        assert statuses <= {TransactionStatus.IDLE}
 
     def teardown(self) -> None:
         """At rest nothing waits but what is parked; a zombie that wakes up then changes nothing."""
