@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from collections.abc import Sequence
 from dataclasses import fields
@@ -42,11 +41,6 @@ SERVICE = (
     "log_format",
     "log_level",
 )
-# In a connection string that was given as an argument, or in the place of another setting. A port
-# is no password, nor is that of our own example.
-_PASSWORD = re.compile(
-    r"(?<=://)([^/?@\s:]*:)(?!\d{1,5}[/\s,;]|password@host:).+(?=@)|(password\s*=\s*)(?:'(?:[^'\\]|\\.)*'|\S+)"
-)
 # All but new line and tab.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
@@ -73,8 +67,7 @@ def say(text: str) -> None:
         secrets = load_settings().secrets()
     except ConfigError:
         secrets = {os.environ.get("DATABASE_URL", ""), os.environ.get("PGPASSWORD", "")} - {""}
-    shown = _PASSWORD.sub(r"\1\2***", redact(text, secrets))
-    click.echo(printable(shown), err=True)
+    click.echo(printable(redact(text, secrets)), err=True)
 
 
 def complain(text: str) -> None:

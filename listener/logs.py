@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,6 +19,11 @@ _logger = logging.getLogger("listener")
 _AT_MOST = 5
 _WINDOW_SECONDS = 60.0
 
+# In a connection string that was given as an argument, or in the place of another setting. A port
+# is no password, nor is that of our own example.
+_PASSWORD = re.compile(
+    r"(?<=://)([^/?@\s:]*:)(?!\d{1,5}[/\s,;]|password@host:).+(?=@)|(password\s*=\s*)(?:'(?:[^'\\]|\\.)*'|\S+)"
+)
 # What journald takes for the priority at the start of a line, see sd-daemon(3).
 _PRIORITIES = {"debug": "<7>", "info": "<6>", "warning": "<4>", "error": "<3>"}
 
@@ -37,10 +43,10 @@ def configure_logs(settings: Settings) -> None:
 
 
 def redact(text: str, secrets: set[str]) -> str:
-    """The text with every secret replaced, longest first."""
+    """The text with every secret replaced, longest first, and what has the shape of one."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
-    return text
+    return _PASSWORD.sub(r"\1\2***", text)
 
 
 @dataclass

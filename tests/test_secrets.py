@@ -238,6 +238,18 @@ def test_no_report_holds_a_password(tmp_path: Path) -> None:
     assert path.read_text().count("***") == 8
 
 
+def test_a_connection_string_in_another_settings_place_is_hidden_too(static: Database) -> None:
+    """A slip of the hand; check and report print what was set."""
+    settings = replace(static.settings, embedding_model="postgresql://u:hunter2@h/db")
+
+    said = listener(settings, "check", check=False).stdout
+    page = Path(listener(settings, "report", check=True).stdout.strip()).read_text("utf-8")
+
+    for shown in (said, page):
+        assert "postgresql://u:***@h/db" in shown
+        assert_nothing_given_away(shown)
+
+
 @pytest.mark.parametrize(
     "url",
     [
