@@ -2,6 +2,9 @@
 
 drop trigger if exists listener_inserted on public.iot_events;
 drop trigger if exists listener_updated on public.iot_events;
+-- Until the end writers wait behind this, so the other locks, which a reader may hold, are waited for
+-- less long; and sooner than deadlock_timeout (1 s), as an install does.
+set local lock_timeout = '0.5s';
 drop schema if exists listener cascade;
 
 -- The roles are shared by the databases of a server; they go with the last one that uses them. A login

@@ -330,6 +330,24 @@ def test_an_upgrade_with_live_workers_loses_nothing(database: Database) -> None:
     assert database.value("select to_regclass('listener.queue_lane_due_at_idx')") is not None
 
 
+def test_an_uninstall_that_waits_for_a_reader_soon_lets_writers_on(database: Database) -> None:
+    """What they need is locked already when it comes to the tables that a reader holds."""
+    told: list[str] = []
+    plan = install.plan_uninstall(read_facts(database.conn), drop_embeddings=False)
+    with database.session() as reader, database.session("device") as writer:
+        reader.execute("begin")
+        reader.execute("select from listener.status")
+        writer.execute("set lock_timeout = '1.5s'")
+        with in_the_background(lambda: install.apply_plan(database.conn, plan, told.append)):
+            try:
+                while len(told) < 3:
+                    insert(writer, "a")
+            finally:
+                reader.close()
+
+    assert database.value("select to_regnamespace('listener')") is None
+
+
 def test_an_uninstall_under_traffic_ends_the_service_and_no_writer(
     database: Database, static_model: Path, spawn: Spawn
 ) -> None:
