@@ -108,27 +108,33 @@ begin
   exception when insufficient_privilege then
     return;
   end;
-  begin
-    lock table listener.queue in access exclusive mode nowait;
-    v_queue := array(select q from listener.queue q limit v_most + 1);
-    if pg_catalog.cardinality(v_queue) <= v_most then
-      truncate listener.queue;
-      insert into listener.queue select * from pg_catalog.unnest(v_queue);
-    end if;
-  exception when lock_not_available then
-    null;
-  end;
+  -- Looked at before the lock, too: to find under it that too much lives would keep others out for as
+  -- long as it takes to read all that is dead.
+  if (select count(*) from (select from listener.queue q limit v_most + 1) first) <= v_most then
+    begin
+      lock table listener.queue in access exclusive mode nowait;
+      v_queue := array(select q from listener.queue q limit v_most + 1);
+      if pg_catalog.cardinality(v_queue) <= v_most then
+        truncate listener.queue;
+        insert into listener.queue select * from pg_catalog.unnest(v_queue);
+      end if;
+    exception when lock_not_available then
+      null;
+    end;
+  end if;
   -- Last, because this one keeps writers out.
-  begin
-    lock table listener.change in access exclusive mode nowait;
-    v_changes := array(select c from listener.change c limit v_most + 1);
-    if pg_catalog.cardinality(v_changes) <= v_most then
-      truncate listener.change;
-      insert into listener.change select * from pg_catalog.unnest(v_changes);
-    end if;
-  exception when lock_not_available then
-    null;
-  end;
+  if (select count(*) from (select from listener.change c limit v_most + 1) first) <= v_most then
+    begin
+      lock table listener.change in access exclusive mode nowait;
+      v_changes := array(select c from listener.change c limit v_most + 1);
+      if pg_catalog.cardinality(v_changes) <= v_most then
+        truncate listener.change;
+        insert into listener.change select * from pg_catalog.unnest(v_changes);
+      end if;
+    exception when lock_not_available then
+      null;
+    end;
+  end if;
 end
 $$;
 
