@@ -146,7 +146,10 @@ def _state(state: EventState, model: str) -> str:
         why = f", last error: {state.error}" if state.error else ""
         return f"pending, {'claimed' if state.leased else 'waiting'}{why}"
     if state.model is None:
-        return "not embedded and not queued: outside the scope, see `listener backfill`"
+        return (
+            "not embedded and not queued; a sweep finds it among the last BACKFILL_LAST_N, "
+            "`listener backfill` beyond"
+        )
     current = "current" if state.is_current and state.model == model else "outdated"
     return f"embedded {state.embedded_at:%Y-%m-%d %H:%M:%S %Z}, {current}, {state.model}"
 

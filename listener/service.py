@@ -245,7 +245,7 @@ class _Session:
         while not self._stop.is_set() and (self._drain() or self._sweep_page()):
             pass
         if failure := self._kept.sweep.failure:
-            raise SweepGivenUp(f"sweep_given_up with {failure}; see Troubleshooting in README")
+            raise SweepGivenUp(f"sweep_given_up {failure}; see Troubleshooting in README")
 
     def _drain(self) -> int:
         claimed = self._pipeline.drain(self._stay_awake, self._after_step)

@@ -77,10 +77,11 @@ class Sweep:
         is_last = events == 1 and (self._current.is_blind or not may_be_blind)
         if is_last:
             # To begin anew at once would fail again.
-            left, cause = self._current.left, cause_of(error)
-            log(logging.WARNING, "sweep_given_up", left=left, cause=cause)
+            last, cause = self._settings.backfill_last_n, cause_of(error)
+            scanned = last - self._current.left
+            log(logging.WARNING, "sweep_given_up", scanned=scanned, cause=cause)
             self._schedule()
-            self.failure = f"{left} of the last {self._current.left} events unseen ({cause})"
+            self.failure = f"after {scanned} of the last {last} events ({cause})"
         self._current.is_blind = events == 1 and not is_last
 
     def _queue_page(self, queue: Queue, model: str, events: int) -> int:

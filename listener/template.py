@@ -124,9 +124,10 @@ def _order(facts: Facts, key_type: str) -> dict[str, str]:
     """
     created = facts.created_at
     time = "coalesce(e.created_at, '-infinity')"
-    since = f"{time} >= coalesce(p_since, '-infinity')" if created else "p_since is null"
+    since = f"{time} >= coalesce(p_since, '-infinity')" if created else "true"
+    has_time = {"has_time": "true" if created else "false"}
     if created is None or facts.newest_by_key:
-        return {
+        return has_time | {
             "newest_first": "e.id desc",
             "position": "pg_catalog.jsonb_build_array(e.id)",
             "from_position": f"e.id <= (v_from ->> 0)::{key_type}",
@@ -135,7 +136,7 @@ def _order(facts: Facts, key_type: str) -> dict[str, str]:
     if facts.created_at_is_indexed:
         time = "e.created_at"
         since = "e.created_at >= coalesce(p_since, '-infinity')"
-    return {
+    return has_time | {
         "newest_first": f"{time} desc, e.id desc",
         "position": f"pg_catalog.jsonb_build_array({time}, e.id)",
         "from_position": f"({time}, e.id) <= "

@@ -99,6 +99,9 @@ begin
   if v_from ->> 0 is null and v_from is not null then
     raise undefined_column using message = 'events are ordered by created_at, and it is null in some';
   end if;
+  if p_since is not null and not @has_time@ then
+    raise undefined_column using message = 'iot_events had no created_at when this was installed';
+  end if;
   return query
   with page as materialized (
     select
@@ -225,7 +228,7 @@ as $$
     w.has_changed or coalesce(q.due_at < 'infinity', false),
     not w.has_changed and coalesce(q.due_at = 'infinity', false),
     q.attempts,
-    q.lease is not null,
+    q.lease is not null and q.due_at > now(),
     q.error
   from (select p_id::@key_type@ as id) asked
   join listener.event e on e.id = asked.id

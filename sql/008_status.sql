@@ -73,7 +73,7 @@ select
     select q.error
     from listener.queue q
     where q.error is not null
-    order by q.due_at desc, q.queued_at desc
+    order by q.due_at = 'infinity', q.due_at desc, q.queued_at desc
     limit 1
   ) as last_error
 from live l
@@ -85,3 +85,5 @@ comment on column listener.status.embedded is 'Exact up to 100,000, an estimate 
 comment on column listener.status.pending_live is
   'Events that wait because they are new or changed; claimed before those of a backfill.';
 comment on column listener.status.parked is 'Events that failed for the last time.';
+comment on column listener.status.last_error is
+  'Of the events that are to be tried again; where there are none, of the parked ones.';

@@ -207,7 +207,7 @@ class Database:
         return {event_id: vector.to_numpy() for event_id, vector in rows}
 
     def queue(self) -> list[Any]:
-        """(event_id, version, lane, attempts, leased, parked, error) of each queued event.
+        """(event_id, version, lane, attempts, has_lease, parked, error) of each queued event.
 
         One whose change was not taken yet counts as queued, with version 0.
         """
@@ -276,7 +276,8 @@ class Database:
             "'UTF8')) "
             "left join listener.waiting w on w.event_id = e.id "
             "left join listener.queue q on q.event_id = e.id "
-            "where (m.event_id is null) = (coalesce(w.event_id, q.event_id) is null)",
+            "where (m.event_id is null) = (coalesce(w.event_id, q.event_id) is null) "
+            "or (q.due_at = 'infinity' and q.error is null)",
             model,
         )
         assert wrong == []

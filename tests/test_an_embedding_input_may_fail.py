@@ -464,7 +464,7 @@ def test_run_once_fails_where_its_sweep_is_given_up(
     change_sweep(database, "true")
     (event_id,) = database.insert("good")
 
-    with pytest.raises(SweepGivenUp, match=r"4 of the last 4 events unseen \(QueryCanceled"):
+    with pytest.raises(SweepGivenUp, match=r"after 0 of the last 4 events \(QueryCanceled"):
         serve_once(database.with_settings(backfill_last_n=4))
 
     assert event_id in database.embedded()

@@ -33,6 +33,7 @@ from tests.harness import (
     Database,
     Spawn,
     TinyEmbedder,
+    claimed,
     empty_folder,
     environment,
     listener,
@@ -192,6 +193,21 @@ def test_an_event_that_was_parked_and_has_changed_is_shown_as_pending(database: 
 
     assert state is not None
     assert (state.pending, state.parked) == (True, False)
+
+
+def test_an_event_whose_claim_came_to_nothing_is_shown_as_waiting(database: Database) -> None:
+    """Its lease is kept, to tell that it was claimed, but nobody holds it any more."""
+    (event_id,) = database.insert("a")
+    with database.service_session() as conn:
+        claimed(Queue(conn, database.settings, None))
+    held = describe(database.conn, str(event_id))
+    database.rows("update listener.queue set due_at = now()")
+
+    left = describe(database.conn, str(event_id))
+
+    assert held is not None
+    assert left is not None
+    assert (held.leased, left.leased) == (True, False)
 
 
 def test_search_finds_by_meaning(database: Database, converted: Settings) -> None:
@@ -482,6 +498,24 @@ def test_backfill_since_looks_at_no_older_events(static: Database) -> None:
     listener(static.settings, "backfill", "--all", "--since", "2024-01-01")
 
     assert [row[0] for row in static.queue()] == [2]
+
+
+def test_since_by_a_created_at_that_the_install_did_not_see_is_refused(static: Database) -> None:
+    """Until the next install events are in the order of their ids, and have no time."""
+    static.rows("alter table public.iot_events rename created_at to seen_at")
+    install_in(static.conn)
+    static.rows("alter table public.iot_events rename seen_at to created_at")
+    static.insert("a")
+    static.forget_queue()
+    arguments = ("backfill", "--all", "--since", "2024-01-01")
+
+    refused = listener(static.settings, *arguments, check=False)
+    install_in(static.conn)
+    listener(static.settings, *arguments)
+
+    assert refused.returncode == 3
+    assert "run `listener install`" in refused.stderr
+    assert len(static.queue()) == 1
 
 
 def test_retry_takes_ids_or_all_and_names_what_is_not_parked(database: Database) -> None:

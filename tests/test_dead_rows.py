@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from psycopg import IsolationLevel
@@ -53,7 +54,7 @@ def sizes(database: Database) -> list[int]:
     return [database.value("select pg_relation_size(%s)", table) for table in _TABLES]
 
 
-def contents(database: Database) -> list[object]:
+def contents(database: Database) -> list[list[Any]]:
     return [
         database.rows("select q::text from listener.queue q order by event_id"),
         database.rows("select c::text from listener.change c order by event_id"),

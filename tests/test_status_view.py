@@ -55,7 +55,20 @@ def test_status_lists_no_event_as_parked_that_has_changed_since(database: Databa
     assert (status["pending"], status["parked"]) == (1, 1)
 
 
-def test_the_last_error_is_that_of_the_newest_parked_event(database: Database) -> None:
+def test_the_last_error_is_of_an_event_that_will_be_tried_again(database: Database) -> None:
+    """What was parked is listed with its own."""
+    parked, failed = database.insert("parked", "failed")
+    database.park(parked, failed)
+    database.rows(
+        "update listener.queue set error = 'now', queued_at = now() - interval '1 h', "
+        "due_at = now() + interval '1 min' where event_id = %s",
+        failed,
+    )
+
+    assert database.value("select last_error from listener.status") == "now"
+
+
+def test_else_the_last_error_is_that_of_the_newest_parked_event(database: Database) -> None:
     """What was parked long ago is known by now."""
     older, newer = database.insert("older", "newer")
     database.park(newer, older)
