@@ -9,7 +9,7 @@ from io import StringIO, TextIOWrapper
 
 import click
 
-from listener import __version__, commands_install, commands_read, commands_run
+from listener import __version__, commands_install, commands_model, commands_read, commands_run
 from listener.config import is_utf8
 from listener.console import complain
 from listener.errors import ConfigError, ListenerError
@@ -30,7 +30,7 @@ for command in (
     commands_run.demo_command,
     commands_run.backfill_command,
     commands_run.retry_command,
-    commands_run.model_group,
+    commands_model.model_group,
     commands_read.check_command,
     commands_read.status_command,
     commands_read.report_command,

@@ -1,4 +1,4 @@
-"""`listener run`, `demo`, `backfill`, `retry` and `model`: what embeds or queues."""
+"""`listener run`, `demo`, `backfill` and `retry`: what embeds or queues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from listener.claim import EventId
 from listener.config import MOST_EVENTS, Settings, load_settings
 from listener.console import (
     DATABASE,
-    MODEL,
     SERVICE,
     Command,
     complain,
@@ -31,7 +30,7 @@ from listener.console import (
 from listener.database import Connection, cause_of, connect, read_clock
 from listener.errors import ConfigError, EncoderLost, SchemaError, StatementTimeout
 from listener.logs import configure_logs
-from listener.model import fetch, locate
+from listener.model import locate
 from listener.queue import Queue
 from listener.report import Report, require_reports_dir, write_report
 from listener.status import count_parked, count_pending, other_model, read_workers
@@ -77,7 +76,14 @@ def _yield_to_writers() -> None:
             os.setpriority(os.PRIO_PROCESS, 0, _NICE)
 
 
-def _serve(settings: Settings, stop: Stop, *, once: bool) -> None:
+def _serve(
+    settings: Settings,
+    stop: Stop,
+    *,
+    once: bool,
+    last_words: Callable[[Exception], None] = lambda _: None,
+) -> None:
+    """`last_words` is called where the process ends here and now."""
     from listener.service import Service
 
     notify_systemd.status("loading the model")
@@ -87,6 +93,7 @@ def _serve(settings: Settings, stop: Stop, *, once: bool) -> None:
         except EncoderLost as error:
             try:
                 complain(f"listener: {error}")
+                last_words(error)
                 logging.shutdown()
             finally:
                 # Any other way out would wait for a thread that may never return.
@@ -133,24 +140,31 @@ def backfill_command(
             raise ConfigError(problem)
         before = count_pending(conn)
         stop, steps = stop_on_signals(), list[str]()
+
+        def report_end(error: Exception) -> None:
+            # Much may be queued, so there is a report; if that fails too, this error is told.
+            with suppress(ConfigError):
+                cause = f"ended by an error: {cause_of(error)}"
+                write_report(settings, _backfill_report(before, [*steps, cause], "?"))
+
         try:
             _queue(queue_events(Queue(conn, settings, None), model, last, moment), stop, steps)
             if everything and not stop.is_set():
                 steps.append(_delete_orphans(conn))
-            steps.append(_drain(conn, settings, stop, work=work))
+            steps.append(_drain(conn, settings, stop, report_end, work=work))
             left = count_pending(conn)
         except Exception as error:
-            # Much may be queued, so there is a report; if that fails too, the first error is told.
-            with suppress(ConfigError):
-                cause = f"ended by an error: {cause_of(error)}"
-                write_report(settings, _backfill_report(before, [*steps, cause], "?"))
+            report_end(error)
             raise
     path = write_report(settings, _backfill_report(before, steps, left))
     say(f"{left} pending; report in {path}")
 
 
 def _backfill_report(before: int, steps: Sequence[str], left: int | str) -> Report:
-    undo = "Nothing to undo; embeddings of a text are the same however often it is embedded."
+    undo = (
+        "Nothing to undo. For the vectors of another model or text, set that and run a backfill "
+        "again; those of events that are gone do not come back."
+    )
     return Report("backfill", [f"pending: {before}"], steps, [f"pending: {left}"], undo)
 
 
@@ -185,7 +199,14 @@ def _moment(since: datetime) -> datetime:
         ) from None
 
 
-def _drain(conn: Connection, settings: Settings, stop: Stop, *, work: bool) -> str:
+def _drain(
+    conn: Connection,
+    settings: Settings,
+    stop: Stop,
+    last_words: Callable[[Exception], None],
+    *,
+    work: bool,
+) -> str:
     """Follow the drain, by the service or by ourselves. Returns how that ended."""
     if stop.is_set():
         return "stopped before the end"
@@ -197,7 +218,9 @@ def _drain(conn: Connection, settings: Settings, stop: Stop, *, work: bool) -> s
         return "not followed: no service is seen"
     with ThreadPoolExecutor(1, "worker") as pool:
         settings = replace(settings, backfill_last_n=0)
-        worker = pool.submit(_serve, settings, stop, once=True) if work else None
+        worker = (
+            pool.submit(_serve, settings, stop, once=True, last_words=last_words) if work else None
+        )
         try:
             _follow(conn, lambda: stop.is_set() or (worker is not None and worker.done()))
         except BaseException:
@@ -253,25 +276,3 @@ def _event_ids(facts: Facts, texts: Sequence[str]) -> dict[EventId, str]:
         except ValueError:
             raise ConfigError(f"{text!r} is not of the type of iot_events.id") from None
     return event_ids
-
-
-@click.group("model")
-def model_group() -> None:
-    """The model's files."""
-
-
-@model_group.command("fetch", cls=Command, settings=MODEL)
-def fetch_command() -> None:
-    """Download the pinned revision into the local cache, on a machine that reaches a hub."""
-    click.echo(fetch(load_settings()))
-
-
-@model_group.command("convert", cls=Command, settings=(*MODEL, "model_cache"))
-def convert_command() -> None:
-    """Make the model ready for OpenVINO, once; takes torch and some seconds."""
-    # First: what is imported reads HF_HOME, which may be in .env.
-    settings = load_settings()
-    # Imports torch.
-    from listener.convert import convert
-
-    click.echo(convert(settings))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Finding:
     """One precondition. `exit_code` is that of the error that the service would end with, or 0.
 
-    With `warns` the service works, but a human should look.
+    It is 2 also where the service would wait, for a server that is read-only, or poll,
+    because LISTEN hears nothing. With `warns` it works, but a human should look.
     """
 
     name: str

@@ -100,6 +100,8 @@ class _Database(Collector):
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        # Kept for the thread that asks: by then the worker may serve no more.
+        self._model: str | None = None
         self._gauges = _Reading(self._read_gauges, _GAUGES_SECONDS)
         self._coverage = _Reading(self._read_coverage, _COVERAGE_SECONDS)
 
@@ -128,6 +130,7 @@ class _Database(Collector):
             "listener_parked_events", "Events that failed for good.", row["parked"]
         )
         yield GaugeMetricFamily("listener_workers", "Workers whose session lives.", row["workers"])
+        self._model = health.serves or self._model
         covered = self._coverage.latest(0) if health.serves else None
         if covered is not None:
             share = covered["current"] / covered["events"] if covered["events"] else 1.0
@@ -142,7 +145,7 @@ class _Database(Collector):
 
     def _read_coverage(self) -> Row:
         last = self._settings.backfill_last_n
-        return self._read(queries.COVERAGE, _COVERAGE_LIMIT, model=health.serves, last=last)
+        return self._read(queries.COVERAGE, _COVERAGE_LIMIT, model=self._model, last=last)
 
     def _read(self, statement: str, limit: int, **parameters: Any) -> Row:
         """Raises ListenerError and psycopg.Error."""

@@ -82,27 +82,27 @@ def other_model(workers: list[dict[str, Any]], fingerprint: str) -> str | None:
 
 
 def _scope(conn: Connection, settings: Settings) -> dict[str, Any]:
-    """Coverage of the last N; None where the model that it asks about isn't here."""
-    last, model = settings.backfill_last_n, _fingerprint(settings)
-    if model is None:
-        return {"last_n": last, "model": None, "events": None, "current": None}
+    """Coverage of the last N; None, and the problem, where its model can't be found."""
+    last = settings.backfill_last_n
+    try:
+        model = _fingerprint(settings)
+    except ConfigError as error:
+        unknown = {"model": None, "events": None, "current": None}
+        return {"last_n": last, **unknown, "problem": str(error)}
     with translated():
         row = conn.execute(queries.COVERAGE, {"model": model, "last": last}).fetchone()
     assert row is not None  # noqa: S101  the function gives one row
     events, current = row
-    return {"last_n": last, "model": model, "events": events, "current": current}
+    return {"last_n": last, "model": model, "events": events, "current": current, "problem": None}
 
 
 # Of a directory it is a digest of all files, too much for each look of `status --watch`.
 @lru_cache(maxsize=1)
-def _fingerprint(settings: Settings) -> str | None:
+def _fingerprint(settings: Settings) -> str:
     # Imports the hub's client, after HF_HUB_OFFLINE is set and only here.
     from listener.model import locate
 
-    try:
-        return locate(settings).fingerprint
-    except ConfigError:
-        return None
+    return locate(settings).fingerprint
 
 
 def status_lines(status: dict[str, Any]) -> list[str]:
@@ -117,7 +117,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         f"parked          {status['parked']}",
     ]
     if scope["events"] is None:
-        lines.append("coverage        unknown: the model of EMBEDDING_MODEL is not on this machine")
+        lines.append(f"coverage        unknown: {scope['problem']}")
     else:
         share = 100 * scope["current"] / scope["events"] if scope["events"] else 100.0
         lines.append(

@@ -452,6 +452,44 @@ def test_a_backfill_whose_worker_fails_fails(static: Database, tmp_path: Path) -
     assert "followed" not in report.read_text()
 
 
+_LOSE_THE_ENCODER = """
+from listener import service
+from listener.errors import EncoderLost
+
+def run(*_, **__):
+    raise EncoderLost("the GPU failed")
+
+service.Service.run = run
+"""
+
+
+def test_a_backfill_whose_process_must_end_leaves_a_report(
+    static: Database, tmp_path: Path
+) -> None:
+    """What it queued is queued."""
+    (tmp_path / "sitecustomize.py").write_text(_LOSE_THE_ENCODER)
+    static.insert("a")
+    static.forget_queue()
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+
+    finished = listener(
+        static.settings, "backfill", "--all", "--work", check=False, PYTHONPATH=path
+    )
+
+    assert finished.returncode == 1
+    assert "listener: the GPU failed" in finished.stderr
+    (report,) = static.settings.reports_dir.glob("*_backfill.md")
+    assert "queued 1" in report.read_text()
+    assert "ended by an error: the GPU failed" in report.read_text()
+
+
+def test_status_says_why_the_coverage_is_unknown(static: Database, tmp_path: Path) -> None:
+    """A directory that is not all there is on this machine, too."""
+    settings = replace(static.settings, embedding_model=str(tmp_path))
+
+    assert "unknown: the model in" in listener(settings, "status").stdout
+
+
 def test_a_report_that_can_not_be_written_says_that_the_rest_is_done(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
