@@ -28,6 +28,7 @@ def in_parts(
     items: Sequence[T],
     run: Callable[[Sequence[T]], list[Any]],
     fail: Callable[[T, str], None],
+    *,
     has_session: bool,
     works_without: Callable[[], bool],
     before_each: Callable[[], None],

@@ -1,4 +1,4 @@
-"""Settings: one frozen class, read once from the environment and `.env`."""
+"""Settings: one frozen class, read from the environment and `.env`."""
 
 from __future__ import annotations
 

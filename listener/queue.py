@@ -35,7 +35,7 @@ _FIRST_PLACE = "(0,0)"
 _LOOK_BACK_SECONDS = 1.0
 # After so many attempts an event has been claimed alone once; until then a mate may be to blame.
 _FIRST_ALONE = 3
-_NOBODYS_LEASE = 0
+_NOBODYS = 0
 
 
 class Queue:
@@ -133,7 +133,7 @@ class Queue:
             if lease is None:
                 log(logging.ERROR, "event_parked", event_id=event_id, attempts=attempts)
         return Claim(
-            lease=next((lease for _, lease, *_ in rows if lease is not None), _NOBODYS_LEASE),
+            lease=next((lease for _, lease, *_ in rows if lease is not None), _NOBODYS),
             event_ids=[event_id for event_id, lease, *_ in rows if lease is not None],
             retried=any(attempts > 1 for _, _, attempts, _ in rows),
             is_full=len(rows) >= events,
@@ -278,10 +278,10 @@ class Queue:
             items,
             lambda some: run(some, lease),
             fail,
-            self.has_session,
-            lambda: works_without_events(self._conn, lambda: run(items, _NOBODYS_LEASE)),
-            self.extend_leases,
-            reads_only,
+            has_session=self.has_session,
+            works_without=partial(works_without_events, self._conn, partial(run, items, _NOBODYS)),
+            before_each=self.extend_leases,
+            reads_only=reads_only,
         )
 
     def _execute_on_events(self, statement: str, **parameters: Any) -> list[Any]:

@@ -152,11 +152,11 @@ def claimed(queue: Queue, events: int = 100) -> Claim:
     return claim
 
 
-def unread(queue: Queue, events: int = 100) -> Claim:
+def unread(queue: Queue) -> Claim:
     """The same, given back and claimed again: the texts don't come with it any more."""
-    claim = claimed(queue, events)
+    claim = claimed(queue)
     queue.release(claim.lease, claim.event_ids)
-    return claimed(queue, events)
+    return claimed(queue)
 
 
 def store(queue: Queue, claim: Claim, events: Sequence[Event]) -> list[EventId]:
@@ -397,18 +397,18 @@ class Command:
     def output(self) -> str:
         return self.log.read_text()
 
-    def wait_for(self, text: str, seconds: float = 60.0) -> None:
+    def wait_for(self, text: str) -> None:
         """Wait until the output has this text; fails if the process ends before."""
 
         def seen() -> bool:
             assert self.process.poll() is None or text in self.output(), self.output()
             return text in self.output()
 
-        wait_until(seen, seconds)
+        wait_until(seen, 60)
 
-    def end(self, number: int = signal.SIGTERM, seconds: float = 30.0) -> int:
+    def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(seconds)
+        return self.process.wait(30)
 
     def encoded_texts(self) -> int:
         """The sum of what its batches say they encoded."""
