@@ -11,6 +11,7 @@ from listener import queries
 from listener.config import Settings
 from listener.database import Connection, translated
 from listener.errors import ConfigError
+from listener.logs import redact
 
 _PARKED_SHOWN = 20
 # No more rows than this are counted.
@@ -88,7 +89,7 @@ def _scope(conn: Connection, settings: Settings) -> dict[str, Any]:
         model = _fingerprint(settings)
     except ConfigError as error:
         unknown = {"model": None, "events": None, "current": None}
-        return {"last_n": last, **unknown, "problem": str(error)}
+        return {"last_n": last, **unknown, "problem": redact(str(error), settings.secrets())}
     with translated():
         row = conn.execute(queries.COVERAGE, {"model": model, "last": last}).fetchone()
     assert row is not None  # noqa: S101  the function gives one row

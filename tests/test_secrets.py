@@ -239,13 +239,15 @@ def test_no_report_holds_a_password(tmp_path: Path) -> None:
 
 
 def test_a_connection_string_in_another_settings_place_is_hidden_too(static: Database) -> None:
-    """A slip of the hand; check and report print what was set."""
+    """A slip of the hand; these print what was set, or a message with it."""
     settings = replace(static.settings, embedding_model="postgresql://u:hunter2@h/db")
 
     said = listener(settings, "check", check=False).stdout
-    page = Path(listener(settings, "report", check=True).stdout.strip()).read_text("utf-8")
+    page = Path(listener(settings, "report").stdout.strip()).read_text("utf-8")
+    stood = listener(settings, "status").stdout
+    in_json = listener(settings, "status", "--json").stdout
 
-    for shown in (said, page):
+    for shown in (said, page, stood, in_json):
         assert "postgresql://u:***@h/db" in shown
         assert_nothing_given_away(shown)
 
