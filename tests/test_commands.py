@@ -22,6 +22,7 @@ import psycopg
 import pytest
 
 from listener.backfill import queue_events
+from listener.claim import SweepPage
 from listener.config import MOST_EVENTS, Settings
 from listener.embedded import Server
 from listener.errors import ConfigError, StatementTimeout
@@ -235,6 +236,22 @@ def test_a_search_finds_no_vector_of_another_model(database: Database) -> None:
     assert [hit.event_id for hit in found] == [own]
 
 
+@pytest.mark.parametrize("plan", ["nestloop", "hashjoin"])
+def test_what_is_nearest_comes_first_whatever_the_plan(database: Database, plan: str) -> None:
+    """A join may give its rows in any order."""
+    database.insert(*map(str, range(400)))
+    serve_once(database)
+    database.rows("analyze")
+    with database.session() as conn:
+        conn.execute(f"set enable_{plan} = off".encode())
+
+        found = [
+            hit.similarity for hit in nearest(conn, vector_of("7"), TinyEmbedder.fingerprint, 300)
+        ]
+
+    assert found == sorted(found, reverse=True)
+
+
 def test_search_without_pgvector_says_so(static: Database) -> None:
     """Exit 3 and one line."""
     static.rows("drop extension vector cascade")
@@ -366,6 +383,26 @@ def test_a_backfill_ends_where_even_a_page_of_one_event_takes_too_long(database:
 
         with pytest.raises(StatementTimeout):
             list(islice(pages, 10))
+
+
+def test_after_a_time_out_the_pages_of_a_backfill_grow_again(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been a lock's, and there may be millions to look at."""
+    sizes: list[int] = []
+
+    def sweep(_: object, model: object, start: object, events: int, since: object) -> SweepPage:
+        sizes.append(events)
+        if len(sizes) == 1:
+            raise StatementTimeout("locked")
+        return SweepPage(events, 0, None if len(sizes) == 5 else "further")
+
+    monkeypatch.setattr(Queue, "sweep", sweep)
+    queue = Queue(database.conn, database.settings, None)
+
+    list(queue_events(queue, TinyEmbedder.fingerprint, None, None))
+
+    assert sizes == [sizes[0], sizes[0] // 2, sizes[0], sizes[0], sizes[0]]
 
 
 def test_a_backfill_that_may_not_look_for_orphans_follows_all_the_same(static: Database) -> None:

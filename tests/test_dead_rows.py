@@ -15,7 +15,7 @@ from listener import queries
 from listener.database import Connection
 from listener.queue import Queue
 from listener.worker import beat
-from tests.harness import Database, claimed, is_waited_for, serving, store, unread, wait_until
+from tests.harness import Database, claimed, is_waited_for, role, serving, store, unread, wait_until
 
 _TABLES = ("listener.queue", "listener.change")
 # More than the beat lets pass.
@@ -151,6 +151,36 @@ def test_nobody_is_kept_out_of_a_long_table(database: Database, service: Connect
         reader.execute("set local lock_timeout = '1s'")
         reader.execute("select from listener.change limit 1")
         service.execute("commit")
+
+
+def test_who_reads_the_queue_is_not_waited_for(database: Database, service: Connection) -> None:
+    """Every claim of every worker would wait behind."""
+    database.insert("a")
+    service.execute("set lock_timeout = 0; set statement_timeout = '2s'")
+    with database.session() as reader, reader.transaction():
+        reader.execute("select from listener.queue")
+
+        compact(service)
+
+    assert [row[1] for row in database.queue()] == [0]
+
+
+def test_without_a_right_to_see_who_is_connected_nothing_is_emptied_and_nothing_fails(
+    database: Database, service: Connection
+) -> None:
+    """It is only by the way that the service removes dead rows."""
+    before = files(database)
+    with role(database.conn, "plain_owner") as owner:
+        database.rows(f"grant usage, create on schema listener to {owner}")
+        for what in ("table listener.queue", "table listener.change", "function listener.compact"):
+            database.rows(f"alter {what} owner to {owner}")
+        database.rows("revoke select on pg_catalog.pg_stat_activity from public")
+
+        compact(service)
+
+        database.rows("grant select on pg_catalog.pg_stat_activity to public")
+        database.rows(f"reassign owned by {owner} to current_user")
+    assert files(database) == before
 
 
 def test_a_change_that_an_older_snapshot_does_not_show_is_kept(

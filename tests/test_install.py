@@ -155,8 +155,11 @@ def test_an_index_that_gives_no_order_does_not_make_created_at_the_order_of_the_
 
     assert not read_facts(database.conn).created_at_is_indexed
 
-    database.rows("create index on public.iot_events (created_at desc)")
+    database.rows("create index good on public.iot_events (created_at desc)")
     assert read_facts(database.conn).created_at_is_indexed
+    # As a failed `create index concurrently` leaves it.
+    database.rows("update pg_index set indisvalid = false where indexrelid = 'good'::regclass")
+    assert not read_facts(database.conn).created_at_is_indexed
 
 
 def test_a_second_install_changes_nothing_and_waits_for_no_lock_on_iot_events(
@@ -618,21 +621,25 @@ def test_a_key_of_events_that_no_foreign_key_can_refer_to_is_refused(
         require_installable(read_facts(database.conn))
 
 
+@pytest.mark.parametrize("schema", ["public", "extensions"])
 def test_the_default_text_leaves_out_keys_ids_times_and_what_nobody_reads(
-    new_database: NewDatabase,
+    new_database: NewDatabase, schema: str
 ) -> None:
     """And empty values; several columns are named, a line each."""
     columns = "id bigint primary key, device_id text, kind text, note text, seen timestamptz"
     with new_database() as url, with_events(url, columns) as database:
-        database.rows("create extension vector")
-        database.rows("create domain public.geometry as text")  # PostGIS has a type of that name
+        database.rows(f"create schema if not exists {schema}")
+        database.rows(f"create extension vector schema {schema}")
+        # PostGIS has a type of that name.
+        database.rows(f"create domain {schema}.geometry as text")
         database.rows(
-            "alter table public.iot_events add photo bytea, add other vector(2), add place geometry"
+            "alter table public.iot_events add photo bytea, add photos bytea[], "
+            f"add other {schema}.vector(2), add place {schema}.geometry"
         )
         install_in(database.conn)
         database.rows(
             "insert into public.iot_events "
-            "select v.id, 'd', v.kind, 'n', now(), 'photo', '[1,2]', 'POINT(1 2)' "
+            "select v.id, 'd', v.kind, 'n', now(), 'photo', '{photo}', '[1,2]', 'POINT(1 2)' "
             "from (values (1, 'k'), (2, '')) as v (id, kind)"
         )
 

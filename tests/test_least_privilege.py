@@ -345,6 +345,20 @@ def test_the_operators_policies_and_grants_outlive_an_install(database: Database
     assert policies == [("mine",)]
 
 
+def test_the_right_to_watch_outlives_an_install(database: Database) -> None:
+    """The rest of the private schema is closed anew."""
+    with role(database.conn, "watcher") as watcher:
+        database.rows(f"grant usage on schema listener to {watcher}")
+        database.rows(f"grant select on listener.status, listener.queue to {watcher}")
+        database.rows("update listener.applied set digest = 'of an earlier version'")
+
+        install_in(database.conn)
+
+        may = "select has_table_privilege(%s, %s, 'select')"
+        assert database.value(may, watcher, "listener.status")
+        assert not database.value(may, watcher, "listener.queue")
+
+
 @pytest.mark.parametrize(
     "policy",
     ["using (false)", "using (exists (select from public.allowed))", "to listener_owner"],

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from listener.claim import EventId
 from listener.counters import counters
 from listener.encoding import Encoder
-from listener.errors import EncoderLost
+from listener.errors import ConnectionLost, EncoderLost
 from listener.pipeline import Pipeline
 from listener.queue import Queue
 from listener.stop import Stop
@@ -199,6 +199,56 @@ def test_what_a_hung_model_has_not_begun_is_given_back(database: Database) -> No
         (*first, 1, True),
         (*second, 0, False),
     ]
+
+
+def lose_connection(*_: object) -> None:
+    raise ConnectionLost("the link is down")
+
+
+def test_a_hung_model_ends_the_process_though_nothing_can_be_given_back(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new connection would not make the model return."""
+    database.insert("first")
+    database.insert("second")
+    embedder = TinyEmbedder()
+    embedder.may_run.clear()
+    monkeypatch.setattr(Queue, "release", lose_connection)
+    database = database.with_settings(batch_events=1, encode_seconds=0.2)
+
+    with draining(database, embedder) as drain, pytest.raises(EncoderLost):
+        drain(lambda: None)
+
+
+@pytest.mark.parametrize("step", ["read", "write"])
+def test_a_claim_is_in_hand_until_it_is_written(
+    database: Database, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """So that it counts no attempt where the connection breaks on the way."""
+    event_ids = database.insert("a")
+    in_hand: dict[int, list[EventId]] = {}
+    monkeypatch.setattr(Queue, step, lose_connection)
+
+    with draining(database, TinyEmbedder(), in_hand) as drain, pytest.raises(ConnectionLost):
+        drain(lambda: None)
+
+    assert list(in_hand.values()) == [event_ids]
+
+
+def test_what_could_not_be_given_back_is_still_in_hand(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next session gives it back."""
+    monkeypatch.setattr(Queue, "release", lose_connection)
+    in_hand: dict[int, list[EventId]] = {7: [1, 2]}
+    encoder = Encoder(TinyEmbedder, 0)
+    with database.service_session() as conn:
+        queue = Queue(conn, database.settings, None)
+        with pytest.raises(ConnectionLost):
+            Pipeline(database.settings, queue, encoder, Stop(), in_hand).give_back()
+    encoder.close()
+
+    assert in_hand == {7: [1, 2]}
 
 
 def test_what_was_written_a_while_ago_is_in_hand_no_more(

@@ -216,6 +216,79 @@ def test_changes_that_were_rolled_back_or_are_not_committed_are_passed_by(
     assert claimed(queue, 2).event_ids == [row[0]]
 
 
+@pytest.mark.parametrize("mover", ["take", "sweep"])
+def test_who_moves_events_into_the_queue_does_so_in_the_order_of_their_ids(
+    database: Database, mover: str
+) -> None:
+    """A peer that does the same at the same time would end in a deadlock."""
+    event_ids = database.insert(*"abcde")
+    database.forget_queue()
+    if mover == "take":
+        # From the last to the first, as they may be committed.
+        for event_id in reversed(event_ids):
+            database.rows("insert into listener.change (event_id) values (%s)", event_id)
+    put = "insert into listener.queue (event_id) values (%s)"
+    with (
+        database.session() as peer,
+        database.service_session("mover") as conn,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        queue = Queue(conn, database.settings, None)
+        # Else it might be the peer that loses the deadlock.
+        peer.execute("set lock_timeout = '1s'; set deadlock_timeout = '1min'")
+        with peer.transaction():
+            peer.execute(put, [event_ids[0]])
+            moved = thread.submit(
+                lambda: queue.claim(10) if mover == "take" else queue.sweep(MODEL, None, 10)
+            )
+            wait_until(lambda: database.waits("mover"))
+            for event_id in event_ids[1:]:
+                peer.execute(put, [event_id])
+        moved.result()
+
+
+def test_what_a_peer_queues_during_a_sweep_is_not_queued_twice(database: Database) -> None:
+    """Nor does the sweep fail."""
+    (event_id,) = database.insert("a")
+    database.forget_queue()
+    with (
+        database.session() as peer,
+        database.service_session("mover") as conn,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        queue = Queue(conn, database.settings, None)
+        with peer.transaction():
+            peer.execute("insert into listener.queue (event_id) values (%s)", [event_id])
+            swept = thread.submit(queue.sweep, MODEL, None, 10)
+            wait_until(lambda: database.waits("mover"))
+
+        assert swept.result().queued == 0
+
+
+def test_slow_takes_put_off_no_look_at_late_commits_beyond_the_poll(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what the settings promise."""
+    database.insert("a")
+    real = Queue._take
+
+    def slow(*arguments: Any) -> list[Any]:
+        now[0] += 30.0
+        return real(*arguments)
+
+    now = [1000.0]
+    monkeypatch.setattr("listener.queue.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(Queue, "_take", slow)
+    with database.service_session() as conn:
+        queue = Queue(conn, database.settings, None)
+        now[0] += 10.0
+        began = now[0]
+
+        queue.claim_changes(10)
+
+        assert queue._next_look_back == began + database.settings.poll_seconds
+
+
 def test_retries_have_their_turn_in_a_flood_of_changes(database: Database, queue: Queue) -> None:
     """And backfill has none while changes come."""
     (old,) = database.insert("old")

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +160,32 @@ def test_the_wait_grows_where_each_session_fails_at_once(
     assert waits == [0.1, 0.2, 0.4, 0.4, 0.4, 0.4]
 
 
+def test_the_wait_is_short_again_after_a_healthy_spell(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What failed before has nothing to do with it."""
+    spells, waits = iter([0.0, 0.0, 0.0, 60.0, 0.0]), list[float]()
+    now, stop = [1000.0], Stop()
+
+    def serve(*_: object) -> None:
+        now[0] += next(spells)
+        raise ConnectionLost("gone")
+
+    def note(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 5:
+            stop.set()
+
+    monkeypatch.setattr(Service, "_connect_and_serve", serve)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(random, "uniform", lambda least, _: least)
+    monkeypatch.setattr(stop, "wait", note)
+
+    Service(database.settings, Encoder(TinyEmbedder, 0), stop).run()
+
+    assert waits == [0.1, 0.2, 0.4, 0.05, 0.1]
+
+
 def test_a_wait_that_nothing_ends_lasts_as_long_as_it_was_told_to() -> None:
     """Else a server that is down would be asked hundreds of times a second."""
     began = time.monotonic()
@@ -248,6 +274,31 @@ def test_terminated_connections_are_replaced_and_nothing_in_the_gap_is_lost(
     database.assert_invariant()
 
 
+def pollers() -> int:
+    """Descriptors of epoll that this process has open; one of a sleep in another thread too."""
+    found = []
+    for path in Path("/proc/self/fd").iterdir():
+        # One may be closed before it is read.
+        with suppress(OSError):
+            found.append(str(path.readlink()))
+    return found.count("anon_inode:[eventpoll]")
+
+
+@pytest.mark.usefixtures("quick_reconnects")
+def test_a_reconnect_leaves_no_descriptor_open(database: Database) -> None:
+    """Or after a thousand of them the service could open nothing more."""
+    with serving(database):
+        wait_until(lambda: is_asleep(database))
+        before = pollers()
+        for _ in range(3):
+            reconnects = counters.reconnects
+            database.terminate("listener-w%")
+            wait_until(lambda: counters.reconnects > reconnects)  # noqa: B023  at once
+            wait_until(lambda: is_asleep(database))
+
+        assert pollers() == before
+
+
 def test_the_connections_are_named_and_idle_outside_statements(database: Database) -> None:
     """No transaction stays open while the service sleeps or the model runs."""
     embedder = TinyEmbedder()
@@ -319,7 +370,11 @@ def test_two_workers_share_a_queue_without_encoding_twice(database: Database) ->
 
 @pytest.mark.parametrize(
     "damage",
-    ["drop schema listener cascade", "alter table listener.queue drop constraint queue_pkey"],
+    [
+        "drop schema listener cascade",
+        "alter table listener.queue drop constraint queue_pkey",
+        "drop sequence listener.worker_token; create table listener.worker_token ()",
+    ],
 )
 def test_a_database_without_the_install_ends_the_service_with_a_schema_error(
     database: Database, damage: str

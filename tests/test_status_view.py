@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from listener import queries
-from listener.status import read_status
+from listener.database import read_clock
+from listener.status import count_pending_since, read_status
 from tests.harness import Database, role, serving
 
 
@@ -41,6 +42,16 @@ def test_an_event_that_changes_all_the_time_is_as_old_as_the_first_change_that_w
     assert found[0] == 1
     assert found[1] >= 100
     assert found[2] >= 100
+
+
+def test_an_event_that_changes_again_has_waited_since_its_first_change(database: Database) -> None:
+    """A backfill that is followed would else end before it is embedded."""
+    database.insert("a")
+    moment = read_clock(database.conn)
+
+    database.rows("update public.iot_events set message = 'b'")
+
+    assert count_pending_since(database.conn, moment) == 1
 
 
 def test_status_lists_no_event_as_parked_that_has_changed_since(database: Database) -> None:

@@ -185,6 +185,16 @@ def test_an_event_that_is_parked_is_no_backlog(database: Database) -> None:
     assert read_backlog(database.conn) == "backlog 0 events, lag 0.0 s"
 
 
+def test_a_backlog_is_of_events_and_its_lag_that_of_the_oldest(database: Database) -> None:
+    """However often one changed."""
+    database.insert("a")
+    database.rows("update listener.change set changed_at = now() - interval '500 seconds'")
+    database.rows("update public.iot_events set message = 'b'")
+    database.insert("c")
+
+    assert read_backlog(database.conn).startswith("backlog 2 events, lag 50")
+
+
 def test_a_large_backlog_is_not_counted_to_its_end(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from listener import queries
 from listener.counters import counters
-from listener.database import Connection, connect, read_clock
+from listener.database import Connection, connect, is_of_a_row, read_clock
 from listener.errors import ConnectionLost
 from listener.queue import Queue
 from tests.harness import Database, TinyEmbedder, claimed, is_asleep, serving, store, wait_until
@@ -199,6 +199,24 @@ def connects(database: Database, stack: ExitStack) -> bool:
     except psycopg.OperationalError:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *("08000", "0A000", "25000", "26000", "28000", "34000", "3D000", "3F000", "40001", "42601"),
+        *("53000", "55006", "55P02", "55P03", "55P04", "57014", "58000", "72000", "F0000"),
+        *("HV000", "XX000"),
+    ],
+)
+def test_what_no_row_can_cause_is_blamed_on_none(database: Database, state: str) -> None:
+    """An embedding_input that asks another server passes that one's errors on."""
+    raise_it = f"do $$ begin raise exception 'x' using errcode = '{state}'; end $$"
+
+    with pytest.raises(psycopg.Error) as failed:
+        database.rows(raise_it)
+
+    assert not is_of_a_row(failed.value)
 
 
 def test_a_lock_that_is_held_for_too_long_costs_the_events_no_attempt(database: Database) -> None:
