@@ -39,9 +39,8 @@ _LOCK_EVENTS = """\
   lock table public.iot_events in share row exclusive mode;
 """
 # Writers lock iot_events first and listener.change second; an install in another order would end in
-# a deadlock with one that is in between. The file of the text locks it not, but must wait for writers
-# that are under way: what they changed was compared as the text was before. That of the triggers
-# runs with all others only.
+# a deadlock with one that is in between. The file of the text must wait for writers that are under
+# way: what they changed was compared as the text was before. That of the triggers never runs alone.
 _LOCKING_FILES = {_EMBEDDINGS_FILE, _INPUT_FILE}
 
 _MADE = re.compile(

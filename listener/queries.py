@@ -384,13 +384,12 @@ join listener.event e on e.id = d.event_id
 where e.content_hash is distinct from d.content_hash
 """
 
-# In the order of the key, so that two workers can't deadlock.
+# Waits for nobody, so in no order. What is skipped is due again when its lease ends.
 _HELD = """
 with held as materialized (
   select q.event_id
   from listener.queue q
   where q.event_id = any(%(event_ids)s) and q.lease = %(lease)s
-  order by q.event_id
   for update skip locked
 )
 """

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import psycopg
@@ -391,7 +392,8 @@ def test_after_a_time_out_the_pages_of_a_backfill_grow_again(
     """It may have been a lock's, and there may be millions to look at."""
     sizes: list[int] = []
 
-    def sweep(_: object, model: object, start: object, events: int, since: object) -> SweepPage:
+    def sweep(*arguments: Any) -> SweepPage:
+        *_, events, _ = arguments
         sizes.append(events)
         if len(sizes) == 1:
             raise StatementTimeout("locked")

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -272,31 +272,6 @@ def test_terminated_connections_are_replaced_and_nothing_in_the_gap_is_lost(
 
     assert len(database.embedded()) == 5
     database.assert_invariant()
-
-
-def pollers() -> int:
-    """Descriptors of epoll that this process has open; one of a sleep in another thread too."""
-    found = []
-    for path in Path("/proc/self/fd").iterdir():
-        # One may be closed before it is read.
-        with suppress(OSError):
-            found.append(str(path.readlink()))
-    return found.count("anon_inode:[eventpoll]")
-
-
-@pytest.mark.usefixtures("quick_reconnects")
-def test_a_reconnect_leaves_no_descriptor_open(database: Database) -> None:
-    """Or after a thousand of them the service could open nothing more."""
-    with serving(database):
-        wait_until(lambda: is_asleep(database))
-        before = pollers()
-        for _ in range(3):
-            reconnects = counters.reconnects
-            database.terminate("listener-w%")
-            wait_until(lambda: counters.reconnects > reconnects)  # noqa: B023  at once
-            wait_until(lambda: is_asleep(database))
-
-        assert pollers() == before
 
 
 def test_the_connections_are_named_and_idle_outside_statements(database: Database) -> None:
