@@ -254,6 +254,18 @@ def test_an_uninstall_where_nothing_is_installed_says_so(
     assert "nothing to do: the listener is not installed in database" in finished.stderr
 
 
+def test_an_uninstall_takes_out_triggers_whose_schema_somebody_has_damaged(
+    database: Database,
+) -> None:
+    """They may fail every writer."""
+    database.rows("drop table listener.applied")
+
+    uninstall_in(database.conn, drop_embeddings=False)
+
+    assert database.value("select to_regnamespace('listener')") is None
+    database.insert("a")
+
+
 def test_an_uninstall_says_which_role_stays(database: Database, tmp_path: Path) -> None:
     """As one that may read a table of the operator's, for an embedding_input of theirs."""
     database.rows("create table public.devices (name text)")
@@ -554,6 +566,7 @@ def test_a_writer_without_any_right_on_the_schema_inserts_and_updates(database: 
             "alter table every attach partition public.iot_events for values in (1)",
             "child or partition of table every",
         ),
+        ("set default_transaction_read_only = on", "the server is read-only"),
         ("alter table public.iot_events alter id type numeric", "iot_events.id is numeric"),
         ("alter table public.iot_events drop constraint iot_events_pkey", "unique constraint"),
         (
