@@ -595,6 +595,63 @@ def test_since_by_a_created_at_that_the_install_did_not_see_is_refused(static: D
     assert len(static.queue()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["backfill"], "give either --last N or --all"),
+        (["backfill", "--all", "--last", "1"], "give either --last N or --all"),
+        (["retry"], "give ids or --all"),
+        (["retry", "1", "--all"], "give ids or --all"),
+    ],
+)
+def test_what_is_meant_must_be_said_and_said_once(
+    database: Database, arguments: list[str], says: str
+) -> None:
+    """Of two, one would be ignored."""
+    database.park(*database.insert("a", "b"))
+
+    finished = listener(database.settings, *arguments, check=False)
+
+    assert finished.returncode == 2
+    assert says in finished.stderr
+    assert [row[5] for row in database.queue()] == [True, True]
+
+
+def test_backfill_last_0_sweeps_nothing(static: Database) -> None:
+    """Whatever BACKFILL_LAST_N says."""
+    static.insert("a")
+    static.forget_queue()
+
+    listener(static.settings, "run", "--once", "--backfill-last", "0")
+
+    assert static.embedded() == {}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["install", "--columns", "message"], ["uninstall"], ["retry", "--all"], ["backfill", "--all"]],
+)
+def test_nothing_is_changed_where_no_report_could_be_written(
+    static: Database, arguments: list[str]
+) -> None:
+    """A folder may be there and closed to us; how to undo it would be known to nobody."""
+    parked, _ = static.insert("a", "b")
+    static.park(parked)
+    text = "select listener.embedding_input(e) from public.iot_events e where id = %s"
+    before = static.queue(), static.value(text, parked)
+    settings = replace(
+        static.owner,
+        embedding_model=static.settings.embedding_model,
+        reports_dir=Path("/proc/self"),
+    )
+
+    finished = listener(settings, *arguments, check=False)
+
+    assert finished.returncode == 2
+    assert "can't be written" in finished.stderr
+    assert (static.queue(), static.value(text, parked)) == before
+
+
 def test_retry_takes_ids_or_all_and_names_what_is_not_parked(database: Database) -> None:
     """Exit 2 if an id was wrong; the right ones are retried all the same."""
     database.park(*database.insert("a", "b"))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from listener import config
 from listener.config import Settings, load_settings
 from listener.errors import ConfigError
 from tests.harness import listener
@@ -27,7 +31,13 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         ("BACKFILL_LAST_N", "9999999999", "at least 0 and at most 2147483646"),
         ("MAX_ATTEMPTS", "1000000", "at least 1 and at most 1000"),
         ("METRICS_PORT", "65536", "at least 0 and at most 65535"),
+        ("ENCODE_SECONDS", "0", "a number of at least 1"),
+        ("POLL_SECONDS", "0", "a number of at least 0.1"),
         ("NOTIFY", "sometimes", "one of gated, always, never"),
+        ("ENGINE", "onnx", "one of auto, torch, openvino"),
+        ("PRECISION", "int8", "one of fp32, bf16"),
+        ("LOG_FORMAT", "xml", "one of logfmt, json"),
+        ("LOG_LEVEL", "loud", "one of debug, info, warning, error"),
         ("MODEL_CACHE", "~nobody-has-this-name/x", "no such home directory"),
     ],
 )
@@ -219,3 +229,31 @@ def test_settings_do_not_show_the_password() -> None:
 
     assert "s3cret" not in repr(settings)
     assert "s3cret" in settings.secrets()
+
+
+def test_xdg_cache_home_moves_the_converted_models(tmp_path: Path) -> None:
+    """Where MODEL_CACHE is not set."""
+    shown = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from listener.config import Settings; print(Settings().model_cache)",
+        ],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert shown.stdout.strip() == str(tmp_path / "iot-event-listener")
+
+
+def test_an_account_without_a_home_has_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a service may be."""
+
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+
+    assert config._home() == Path("/nonexistent")

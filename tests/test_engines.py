@@ -111,6 +111,18 @@ def test_openvino_gives_the_vectors_of_torch_for_gte_smalls_fp16_files(
     assert load_embedder(settings).max_tokens == 512
 
 
+def test_a_static_embedding_gives_a_text_the_same_vector_alone_and_among_others(
+    static_model: Path,
+) -> None:
+    """Also where a token comes three times, and so counts three times."""
+    embedder = load_embedder(Settings(embedding_model=str(static_model)))
+    texts = ["pump pump pump hot", "door"]
+
+    alone = np.concatenate([embedder.encode([text]) for text in texts])
+
+    np.testing.assert_allclose(embedder.encode(texts), alone, atol=1e-6)
+
+
 BLOB = "QUJDRGVm" * 2_000
 LONG_TEXTS = {
     "words": "pump 7 is hot, " * 3_000,

@@ -306,6 +306,31 @@ def test_uninstall_keeps_the_embeddings_unless_told_otherwise(database: Database
     database.assert_invariant()
 
 
+def test_the_command_keeps_the_embeddings_and_drops_them_later(
+    database: Database, tmp_path: Path
+) -> None:
+    """Only where it is told to; with nothing else left to take out, too."""
+    settings = replace(database.owner, reports_dir=tmp_path)
+    database.insert("a")
+    serve_once(database)
+
+    listener(settings, "uninstall")
+    assert database.value("select count(*) from public.event_embeddings") == 1
+
+    listener(settings, "uninstall", "--drop-embeddings")
+    assert database.value("select to_regclass('public.event_embeddings')") is None
+
+
+def test_the_report_of_an_install_keeps_the_text_of_before(
+    database: Database, tmp_path: Path
+) -> None:
+    """It may have been written by hand, and is gone."""
+    listener(replace(database.owner, reports_dir=tmp_path), "install", "--columns", "severity")
+
+    (report,) = tmp_path.glob("*_install.md")
+    assert "embedding_input was:" in report.read_text()
+
+
 def test_pgvector_in_another_schema_is_found(new_database: NewDatabase) -> None:
     """Supabase keeps it in `extensions`."""
     with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
@@ -383,6 +408,31 @@ def test_what_a_stranger_has_put_in_our_place_is_refused_unread(
 
                 with pytest.raises(SchemaError, match=f"^({named}) belongs to a role"):
                     install_in(database.conn)
+
+
+def test_a_function_that_a_stranger_has_put_into_our_schema_is_refused(
+    new_database: NewDatabase,
+) -> None:
+    """It would run with the rights of who installs."""
+    with (
+        new_database() as url,
+        connect(Settings(database_url=url), "admin") as admin,
+        role(admin, "stranger") as stranger,
+        with_events(url, "id bigint primary key, message text") as database,
+    ):
+        database.rows("create extension vector")
+        database.rows(
+            f"create schema listener; grant usage, create on schema listener to {stranger}"
+        )
+        database.rows(f"set role {stranger}")
+        database.rows(
+            "create function listener.embedding_input(event public.iot_events) returns text "
+            "language plpgsql as $$ begin raise exception 'it ran'; end $$"
+        )
+        database.rows("reset role")
+
+        with pytest.raises(SchemaError, match=r"^listener\.embedding_input belongs to a role"):
+            install_in(database.conn)
 
 
 def test_a_view_that_a_stranger_has_put_into_our_schema_is_refused_unread(
@@ -596,6 +646,27 @@ def test_what_makes_an_install_impossible_is_said_before_anything_is_done(
             install_in(database.conn)
 
         assert database.value("select to_regnamespace('listener')") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"server_version": 140009}, "PostgreSQL 14; 15 is the oldest"),
+        ({"encoding": "LATIN1"}, "is encoded in LATIN1; UTF8 is needed"),
+        ({"vector_schema": None, "vector_available": False}, "pgvector is not on this server"),
+        ({"events_kind": "v"}, "is not a table"),
+        ({"event_id_types": ("integer",)}, "event_id in the listener's tables is integer"),
+    ],
+)
+def test_what_no_server_of_the_tests_has_makes_an_install_impossible_too(
+    database: Database, change: dict[str, Any], says: str
+) -> None:
+    """As it would be read there."""
+    facts = read_facts(database.conn)
+    require_installable(facts)
+
+    with pytest.raises(SchemaError, match=says):
+        require_installable(replace(facts, **change))
 
 
 @pytest.mark.parametrize(

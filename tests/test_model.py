@@ -542,3 +542,42 @@ def test_vectors_of_another_size_are_the_models_fault_not_the_events() -> None:
     with pytest.raises(ModelFault, match="100"):
         encoder.encode(["a", "b"])
     encoder.close()
+
+
+def test_long_texts_that_begin_alike_have_vectors_of_their_own() -> None:
+    """What stands for a long text in memory stands for all of it."""
+    beginning = "word " * 200
+    with closing(Encoder(TinyEmbedder, 10)) as encoder:
+        first, second = (encoder.encode_one(beginning + end) for end in ("one", "two"))
+
+    assert not np.array_equal(first, second)
+
+
+def test_texts_whose_tokens_can_not_be_counted_are_planned_all_the_same() -> None:
+    """The encode meets it again, and says whose fault it is."""
+
+    class Uncounted(TinyEmbedder):
+        def lengths(self, texts: Sequence[str]) -> list[int]:
+            raise RuntimeError(f"no tokenizer takes {len(texts)} of these")
+
+    with closing(Encoder(Uncounted, 0)) as encoder:
+        passes = encoder.plan(["a", "b"], 1000)
+
+    assert sorted(index for one in passes for index in one.indices) == [0, 1]
+
+
+def test_the_fingerprint_of_a_directory_follows_its_vocabulary(
+    static_model: Path, tmp_path: Path
+) -> None:
+    """Another order, or another file of the same contents, gives other vectors."""
+    directory = tmp_path / "model"
+    shutil.copytree(static_model, directory)
+    settings = Settings(embedding_model=str(directory))
+    fingerprints = []
+    for text in ("a\nb\n", "b\na\n"):
+        (directory / "vocab.txt").write_text(text)
+        fingerprints.append(locate(settings).fingerprint)
+    (directory / "vocab.txt").rename(directory / "words.txt")
+    fingerprints.append(locate(settings).fingerprint)
+
+    assert len(set(fingerprints)) == 3

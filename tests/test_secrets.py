@@ -15,7 +15,7 @@ from urllib.parse import quote
 import psycopg
 import pytest
 
-from listener import cli
+from listener import cli, console
 from listener.config import Settings
 from listener.embedded import Server
 from listener.logs import redact
@@ -310,3 +310,22 @@ def test_the_folder_of_reports_is_for_its_owner_alone(database: Database) -> Non
     listener(database.settings, "retry", "--all")
 
     assert database.settings.reports_dir.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_secret_that_begins_with_another_is_hidden_whole() -> None:
+    """The longer one first, or its end would be shown."""
+    assert redact("hunter2-of-the-key hunter2", {"hunter2", "hunter2-of-the-key"}) == "*** ***"
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URL", "PGPASSWORD"])
+def test_a_password_is_hidden_where_another_setting_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    """The settings can't tell then what is a secret."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BATCH_EVENTS", "many")
+    monkeypatch.setenv(name, "hunter2")
+
+    console.say("lost hunter2")
+
+    assert capsys.readouterr().err == "lost ***\n"

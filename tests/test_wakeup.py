@@ -226,6 +226,15 @@ def test_without_notify_events_are_found_by_polling(database: Database) -> None:
         assert len(database.embedded()) == 3
 
 
+def test_no_poll_is_later_than_it_was_told_to_be(database: Database) -> None:
+    """Nor do the workers all look at the same time."""
+    with listening(database, "never") as wakeup:
+        looks = {wakeup.prepare_sleep() for _ in range(50)}
+
+        assert max(looks) <= wakeup._poll_seconds
+    assert len(looks) > 1
+
+
 def test_without_notify_a_worker_has_a_session_and_is_listed(database: Database) -> None:
     """Only the writers are silent; what a session of its own gives, it has."""
     database = database.with_settings(notify="never", poll_seconds=0.2)

@@ -77,6 +77,29 @@ def test_a_dead_worker_is_known_until_all_its_events_are_released(
     assert database.leased() == 0
 
 
+def test_a_worker_that_ends_by_an_error_is_known_until_its_events_are_released(
+    database: Database, peer: Connection
+) -> None:
+    """Nobody would know whose they were, and they would wait until the lease ends."""
+    database.insert("a")
+    conn = connect(database.settings, "listener-work")
+    pid = conn.info.backend_pid
+
+    def claim_and_fail() -> None:
+        with Worker.registered(conn, MODEL) as worker:
+            claimed(Queue(conn, database.settings, worker.number))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        claim_and_fail()
+    conn.close()
+    wait_until(lambda: not database.rows("select 1 from pg_locks where pid = %s", pid))
+
+    assert beat(peer, NOBODY)
+
+    assert database.leased() == 0
+
+
 def test_run_once_embeds_what_a_dead_worker_had_in_hand(database: Database) -> None:
     """It ends before its next beat, and until the lease is over nothing is due."""
     (event_id,) = database.insert("a")
