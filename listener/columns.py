@@ -45,7 +45,7 @@ def _is_text_like(column: Column) -> bool:
 
 def expression(columns: Sequence[str]) -> str:
     """The bare value of one column; `name: value` lines of several, without the empty ones."""
-    parts = {name: f"event.{sql.Identifier(name).as_string()}::pg_catalog.text" for name in columns}
+    parts = {name: f"event.{quoted(name)}::pg_catalog.text" for name in columns}
     if len(parts) == 1:
         return parts[columns[0]]
     lines = [
@@ -55,6 +55,11 @@ def expression(columns: Sequence[str]) -> str:
     listed = ",\n    ".join(lines)
     # Not concat_ws: a function takes no more than 100 arguments.
     return f"pg_catalog.array_to_string(array[\n    {listed}\n  ], E'\\n')"
+
+
+def quoted(name: str) -> str:
+    """The name as SQL has it."""
+    return sql.Identifier(name).as_string()
 
 
 def is_replaced(facts: Facts, columns: Sequence[str]) -> bool:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import psycopg
 
 from listener.catalogue import Facts, read_facts
-from listener.columns import choose_columns, is_replaced
+from listener.columns import choose_columns, is_replaced, quoted
 from listener.database import Connection, translated
 from listener.errors import SchemaError
 from listener.patience import patiently
-from listener.preflight import embeddings_problem, hidden_problem, quoted
+from listener.preflight import embeddings_problem, hidden_problem
 from listener.template import Step, fill, placeholders, sql_files, sql_text
 from listener.trust import require_trusted
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from psycopg import sql
-
 from listener.catalogue import Facts
+from listener.columns import quoted
 from listener.config import DIMENSION
 from listener.errors import READ_ONLY, SchemaError
 
@@ -118,8 +117,3 @@ def rights_problem(facts: Facts) -> str | None:
             f"grant create on schema public to {quoted(facts.role)}"
         )
     return None
-
-
-def quoted(name: str) -> str:
-    """The name as SQL has it."""
-    return sql.Identifier(name).as_string()

@@ -12,7 +12,7 @@ from pathlib import Path
 from psycopg import sql
 
 from listener.catalogue import Facts
-from listener.columns import expression
+from listener.columns import expression, quoted
 from listener.wakeup import GATE_KEY
 from listener.worker import LOCK_CLASS
 
@@ -86,7 +86,7 @@ def placeholders(facts: Facts, columns: Sequence[str]) -> dict[str, str]:
     """The values of this database; `columns` are what is embedded."""
     assert facts.key is not None  # noqa: S101  require_installable has looked
     key_type = _with_schema(facts.key.type)
-    vector_schema = sql.Identifier(facts.vector_schema or facts.new_vector_schema).as_string()
+    vector_schema = quoted(facts.vector_schema or facts.new_vector_schema)
     text = expression(columns)
     return {
         "key_type": key_type,
@@ -98,6 +98,7 @@ def placeholders(facts: Facts, columns: Sequence[str]) -> dict[str, str]:
         "worker_lock_class": str(LOCK_CLASS),
         "expression": text,
         "quote": _quote(text),
+        "has_time": "true" if facts.created_at else "false",
         **_order(facts, key_type),
     }
 
@@ -125,9 +126,8 @@ def _order(facts: Facts, key_type: str) -> dict[str, str]:
     created = facts.created_at
     time = "coalesce(e.created_at, '-infinity')"
     since = f"{time} >= coalesce(p_since, '-infinity')" if created else "true"
-    has_time = {"has_time": "true" if created else "false"}
     if created is None or facts.newest_by_key:
-        return has_time | {
+        return {
             "newest_first": "e.id desc",
             "position": "pg_catalog.jsonb_build_array(e.id)",
             "from_position": f"e.id <= (v_from ->> 0)::{key_type}",
@@ -136,7 +136,7 @@ def _order(facts: Facts, key_type: str) -> dict[str, str]:
     if facts.created_at_is_indexed:
         time = "e.created_at"
         since = "e.created_at >= coalesce(p_since, '-infinity')"
-    return has_time | {
+    return {
         "newest_first": f"{time} desc, e.id desc",
         "position": f"pg_catalog.jsonb_build_array({time}, e.id)",
         "from_position": f"({time}, e.id) <= "
