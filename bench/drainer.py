@@ -16,8 +16,7 @@ from listener.database import Connection, connect
 from listener.queue import Queue
 from listener.worker import BEAT_SECONDS, beat
 
-# What the service takes by default.
-CLAIM_EVENTS = 256
+CLAIM_EVENTS = Settings().batch_events
 _MODEL = "bench/none"
 _IDLE_SECONDS = 0.02
 

@@ -41,16 +41,11 @@ class System:
     command: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def is_peer(self) -> bool:
-        """Not the listener."""
-        return bool(self.command)
-
     def worker(
         self, cluster: Cluster, url: str, model: Path
     ) -> AbstractContextManager[LoggedProcess]:
         """Its process, from when it listens to the end of the block."""
-        if self.is_peer:
+        if self.command:
             return peer(cluster, url, model, *self.command)
         return service(cluster, url, model, self.environment)
 

@@ -57,7 +57,7 @@ def _has_route(address: tuple[str, int] | tuple[str, int, int, int] | tuple[int,
 
 def check_tls(conn: Connection) -> Finding:
     """An unencrypted way over a network works, so it is a warning."""
-    mode = _parameter(conn, "sslmode")
+    mode = _sslmode(conn)
     remedy = "set sslmode=require, or verify-full with sslrootcert, which proves who answers, too"
     if not is_over_a_network(conn.info.hostaddr):
         return Finding("tls", "not needed: the server is on this machine")
@@ -76,9 +76,9 @@ def is_over_a_network(address: str) -> bool:
     return bool(address) and not ipaddress.ip_address(address).is_loopback
 
 
-def _parameter(conn: Connection, name: str) -> str:
-    """A connection parameter as it came to be: DATABASE_URL, PG* variable or libpq's default."""
-    found = next(one for one in conn.pgconn.info if one.keyword == name.encode())
+def _sslmode(conn: Connection) -> str:
+    """As it came to be: by DATABASE_URL, PGSSLMODE or libpq's default."""
+    found = next(one for one in conn.pgconn.info if one.keyword == b"sslmode")
     return (found.val or b"").decode()
 
 

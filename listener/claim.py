@@ -31,15 +31,15 @@ class Event:
 class Claim:
     """The events leased together under one token.
 
-    `already_read`: those whose text came with the claim. `retried`: some were claimed before, so
-    the claim may be smaller than what is due. `is_full`: it took as much as it was allowed to.
-    `is_new`: changes, for which somebody may be waiting.
+    `already_read`: those whose text came with the claim. `is_suspect`: they were claimed before and
+    never answered, so the claim may be smaller than what is due. `is_full`: it took as much as it
+    was allowed to. `is_new`: changes, for which somebody may be waiting.
     """
 
     lease: int
     event_ids: list[EventId]
     already_read: tuple[Event, ...] = ()
-    retried: bool = False
+    is_suspect: bool = False
     is_full: bool = False
     is_new: bool = False
 

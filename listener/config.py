@@ -44,19 +44,18 @@ def _setting(
     at_least: float = 0,
     at_most: float = math.inf,
     choices: tuple[str, ...] = (),
+    is_secret: bool = False,
 ) -> Any:
     metadata = {"help": meaning, "at_least": at_least, "at_most": at_most, "choices": choices}
-    return field(default=default, metadata=metadata)
+    return field(default=default, repr=not is_secret, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Every setting; the environment variable is the field's name in capitals."""
 
-    database_url: str = field(
-        default="",
-        repr=False,  # it holds a password
-        metadata={"help": "Connection string. Empty: libpq's own PG* variables."},
+    database_url: str = _setting(
+        "", "Connection string. Empty: libpq's own PG* variables.", is_secret=True
     )
     embedding_model: str = _setting(GTE_SMALL, "Hub name or directory of a 384-D model.")
     embedding_revision: str = _setting(
@@ -212,7 +211,7 @@ def _load(path: Path) -> None:
         )
     # Or an empty variable would win over the file's, and another database be taken.
     ours = {spec.name.upper() for spec in fields(Settings)}
-    for name in [name for name, text in os.environ.items() if not text.strip()]:
+    for name in [name for name, value in os.environ.items() if not value.strip()]:
         if name in ours or name.startswith("PG"):
             del os.environ[name]
     # As systemd reads it: a $ in a password is a $.
@@ -243,7 +242,7 @@ def _parse(spec: Field[Any], kind: type, raw: str) -> Any:
     if kind is Path:
         return expanded(name, text)
     if kind is str:
-        choices = spec.metadata.get("choices", ())
+        choices = spec.metadata["choices"]
         if choices and text not in choices:
             raise ConfigError(f"{name} is {text!r}; it must be one of {', '.join(choices)}")
         return text

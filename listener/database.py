@@ -142,7 +142,7 @@ def notice_loss(conn: Connection) -> None:
 def with_all_events(
     conn: Connection, statement: str, parameters: Mapping[str, object] | None = None
 ) -> psycopg.Cursor[Any]:
-    """Run a statement that takes events for gone, or for the last, where it doesn't see them.
+    """Run a statement that would take an event it can't see for deleted, or its page for the last.
 
     Raises SchemaError where row-level security would hide some. In one message, and so in one
     transaction that the server ends, even where this side has stopped.

@@ -135,7 +135,7 @@ class _Formatter(logging.Formatter):
     def _shown(self, value: Any) -> Any:
         if isinstance(value, float):
             return round(value, 4)
-        return value if isinstance(value, int | bool) else redact(str(value), self._secrets)
+        return value if isinstance(value, int) else redact(str(value), self._secrets)
 
 
 def with_priority(text: str) -> str:

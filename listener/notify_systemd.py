@@ -37,7 +37,7 @@ def status(text: str) -> None:
 
 def is_there() -> bool:
     """Whether systemd takes messages."""
-    return "NOTIFY_SOCKET" in os.environ
+    return bool(os.environ.get("NOTIFY_SOCKET"))
 
 
 def alive() -> None:

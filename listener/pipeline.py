@@ -138,13 +138,16 @@ class Pipeline:
         """More to do, if there is room for it: what is new goes before what waits."""
         in_hand = [*self._running, *self._waiting]
         # One that kills the process shall not cost another an attempt.
-        is_suspect = any(batch.claim.retried for batch in in_hand)
+        is_suspect = any(batch.claim.is_suspect for batch in in_hand)
         if self._stop.is_set() or is_suspect or len(self._running) >= _AHEAD:
             return None
         claim = None
         if not self._waiting:
             claim = self._queue.claim(self._claim_events) if self._more else None
-            self._more = claim is not None and (claim.is_full or claim.retried)
+            # All of a claim may have been parked by it.
+            self._more = claim is not None and (
+                claim.is_full or claim.is_suspect or not claim.event_ids
+            )
         elif not self._waiting[0].claim.is_new:
             claim = self._queue.claim_changes(self._claim_events)
             self._more = self._more or (claim is not None and claim.is_full)
@@ -168,7 +171,8 @@ class Pipeline:
             self._give_back_unstarted()
         while self._waiting and len(self._running) < _AHEAD:
             batch = self._waiting[0]
-            if batch.claim.retried and self._running and self._running[-1].claim is not batch.claim:
+            is_suspect = batch.claim.is_suspect
+            if is_suspect and self._running and self._running[-1].claim is not batch.claim:
                 return
             self._waiting.popleft()
             batch.submitted = time.monotonic()

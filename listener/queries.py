@@ -47,6 +47,7 @@ select
   -- event is pending again: nothing is lost by not waiting for the disk.
   pg_catalog.set_config('synchronous_commit', 'off', false)
 """
+
 # --- wake-up -----------------------------------------------------------------------------------
 
 LISTEN = "listen listener"
@@ -313,7 +314,6 @@ with done as (
     on q.event_id = d.event_id
     and q.version = d.version
     and q.lease = %(lease)s
-  order by q.event_id
   for update of q skip locked
 ), alive as materialized (
   select h.event_id, h.content_hash, h.place, m.event_id is not null as has_vector
@@ -323,14 +323,12 @@ with done as (
   where h.content_hash = sha256(pg_catalog.convert_to(
     coalesce(e.input, ''), 'UTF8'
   ))
-  order by h.event_id
   for key share of e skip locked
 ), replaceable as materialized (
   select m.event_id
   from alive a
   join listener.embedding m on m.event_id = a.event_id
   where a.has_vector
-  order by m.event_id
   for no key update of m skip locked
 ), stored as (
   insert into listener.embedding as m
@@ -479,7 +477,6 @@ with held as materialized (
     and q.lease = %(lease)s
     and q.due_at > now()
     and not exists (select from listener.event e where e.id = q.event_id)
-  order by q.event_id
   for update skip locked
 )
 delete from listener.queue q
@@ -510,7 +507,6 @@ with held as materialized (
   where q.lane in (0, 1)
     and q.due_at = 'infinity'
     and not exists (select from listener.event e where e.id = q.event_id)
-  order by q.event_id
   for update skip locked
 )
 delete from listener.queue q

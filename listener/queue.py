@@ -128,14 +128,14 @@ class Queue:
         )
         if not rows:
             return None
-        counters.lease_expiries += any(was_leased for *_, was_leased in rows)
+        counters.lease_expiries += (is_suspect := any(was_leased for *_, was_leased in rows))
         for event_id, lease, attempts, _ in rows:
             if lease is None:
                 log(logging.ERROR, "event_parked", event_id=event_id, attempts=attempts)
         return Claim(
             lease=next((lease for _, lease, *_ in rows if lease is not None), _NOBODYS),
             event_ids=[event_id for event_id, lease, *_ in rows if lease is not None],
-            retried=any(attempts > 1 for _, _, attempts, _ in rows),
+            is_suspect=is_suspect,
             is_full=len(rows) >= events,
         )
 

@@ -124,7 +124,9 @@ def _order(facts: Facts, key_type: str) -> dict[str, str]:
     integer key is in nearly the same order and has an index, so it is taken instead.
     """
     created = facts.created_at
-    time = "coalesce(e.created_at, '-infinity')"
+    time = "e.created_at"
+    if not facts.created_at_is_indexed:
+        time = f"coalesce({time}, '-infinity')"
     since = f"{time} >= coalesce(p_since, '-infinity')" if created else "true"
     if created is None or facts.newest_by_key:
         return {
@@ -133,9 +135,6 @@ def _order(facts: Facts, key_type: str) -> dict[str, str]:
             "from_position": f"e.id <= (v_from ->> 0)::{key_type}",
             "in_time": since,
         }
-    if facts.created_at_is_indexed:
-        time = "e.created_at"
-        since = "e.created_at >= coalesce(p_since, '-infinity')"
     return {
         "newest_first": f"{time} desc, e.id desc",
         "position": f"pg_catalog.jsonb_build_array({time}, e.id)",

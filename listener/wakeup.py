@@ -3,10 +3,9 @@
 Of all workers one leads: it holds LEADER_KEY and alone listens to the writers, so that one insert
 wakes one worker. Before it sleeps it takes GATE_KEY, which succeeds only when no writer that
 trusted the gate is in flight; then a drain, then sleep, the gate closed all the while, and what is
-notified meanwhile remembered.
-On waking it drains; where there is more than one event, it opens the gate. The others look at the
-queue every second, take over when the leader's session ends, and are called when the first claim
-was full.
+notified meanwhile remembered. On waking it drains; where there is more than one event, it opens the
+gate. The others look at the queue every second, take over when the leader's session ends, and are
+called when the first claim was full.
 """
 
 from __future__ import annotations

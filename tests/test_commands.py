@@ -353,10 +353,9 @@ def test_backfill_of_all_removes_embeddings_of_events_that_are_gone(static: Data
     static.rows("delete from public.iot_events where message = 'a'")
     assert len(static.embedded()) == 2
 
-    finished = listener(static.settings, "backfill", "--all")
+    listener(static.settings, "backfill", "--all")
 
     assert len(static.embedded()) == 1
-    assert finished.returncode == 0
 
 
 def test_a_backfill_gets_by_with_a_short_statement_timeout(static: Database) -> None:
@@ -678,12 +677,11 @@ def test_retry_takes_an_id_however_it_is_written(
         settings = replace(database.settings, reports_dir=tmp_path)
 
         wrong = listener(settings, "retry", "17", check=False)
-        right = listener(settings, "retry", event_id.upper())
+        listener(settings, "retry", event_id.upper())
 
     assert wrong.returncode == 2
     assert "'17' is not of the type of iot_events.id" in wrong.stderr
     assert f"back to the queue: {event_id}" in next(tmp_path.glob("*_retry.md")).read_text()
-    assert right.returncode == 0
 
 
 def test_a_server_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:

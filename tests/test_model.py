@@ -358,13 +358,7 @@ def test_a_directory_is_not_fetched(tmp_path: Path) -> None:
 
 def test_a_model_of_another_size_is_refused(tmp_path: Path, minilm: Path) -> None:
     """event_embeddings holds 384 numbers."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
-    module = StaticEmbedding(tokenizer, embedding_dim=256)
-    SentenceTransformer(modules=[module], device="cpu").save(str(tmp_path / "small"))
+    static_of(tmp_path / "small", minilm, 256)
 
     with pytest.raises(ConfigError, match="gives 256 numbers"):
         load_embedder(Settings(embedding_model=str(tmp_path / "small")))
@@ -551,19 +545,6 @@ def test_long_texts_that_begin_alike_have_vectors_of_their_own() -> None:
         first, second = (encoder.encode_one(beginning + end) for end in ("one", "two"))
 
     assert not np.array_equal(first, second)
-
-
-def test_texts_whose_tokens_can_not_be_counted_are_planned_all_the_same() -> None:
-    """The encode meets it again, and says whose fault it is."""
-
-    class Uncounted(TinyEmbedder):
-        def lengths(self, texts: Sequence[str]) -> list[int]:
-            raise RuntimeError(f"no tokenizer takes {len(texts)} of these")
-
-    with closing(Encoder(Uncounted, 0)) as encoder:
-        passes = encoder.plan(["a", "b"], 1000)
-
-    assert sorted(index for one in passes for index in one.indices) == [0, 1]
 
 
 def test_the_fingerprint_of_a_directory_follows_its_vocabulary(

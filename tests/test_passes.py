@@ -19,9 +19,7 @@ lengths_of_texts = st.lists(st.integers(0, 130), min_size=1, max_size=60)
 
 
 def cost(lengths: Sequence[int], passes: Sequence[Sequence[int]], overhead: int) -> int:
-    return sum(
-        overhead + len(one) * max(1, *(lengths[index] for index in one), 1) for one in passes
-    )
+    return sum(overhead + len(one) * max(1, *(lengths[index] for index in one)) for one in passes)
 
 
 def all_cuts(lengths: Sequence[int]) -> Iterator[list[list[int]]]:
@@ -116,13 +114,19 @@ def test_of_a_long_text_the_model_is_given_what_fills_it() -> None:
     encoder.close()
 
 
-def test_a_new_event_passes_the_rest_of_a_claimed_backfill(database: Database) -> None:
-    """It waits for the passes that the model has, not for the claim."""
+@pytest.mark.parametrize("failed_before", [0, 1])
+def test_a_new_event_passes_the_rest_of_a_claimed_backfill(
+    database: Database, failed_before: int
+) -> None:
+    """It waits for the passes that the model has, not for the claim, also where one is a retry."""
     embedder = TinyEmbedder()
     database = database.with_settings(batch_tokens=60)
     ids = database.insert(*("word " * (10 + number) for number in range(40)))
     database.forget_queue()
     database.rows("insert into listener.queue (event_id, lane) select unnest(%s::bigint[]), 1", ids)
+    database.rows(
+        "update listener.queue set attempts = %s where event_id = %s", failed_before, ids[0]
+    )
     embedder.may_run.clear()
     with serving(database.with_settings(backfill_last_n=0), embedder):
         wait_until(lambda: sum(row[4] for row in database.queue()) == 40)

@@ -541,7 +541,7 @@ def test_a_change_of_an_event_whose_worker_died_does_not_mix_it_with_others(
     first, second, third = claimed(queue, 8), claimed(queue, 8), queue.claim(8)
 
     assert first.event_ids == [new]
-    assert (second.retried, len(second.event_ids)) == (True, 2)
+    assert (second.is_suspect, len(second.event_ids)) == (True, 2)
     assert third is None
     texts = {event.event_id: event.text.split()[-1] for event in queue.read(second)}
     assert texts[killer] == "too"
@@ -591,7 +591,7 @@ def test_an_event_whose_worker_died_is_claimed_where_its_change_is_all_there_is(
 
     claim = claimed(queue)
 
-    assert claim.retried
+    assert claim.is_suspect
     assert [row[1:5] for row in database.queue()] == [(2, 0, 2, True)]
 
 

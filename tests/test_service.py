@@ -206,10 +206,8 @@ def test_both_sessions_of_a_service_have_its_settings(server: Server, database: 
         "tcp_keepalives_count": "3",
         "tcp_user_timeout": "19000" if hasattr(socket, "TCP_USER_TIMEOUT") else "0",
     }
-    database.rows(
-        "do $$begin execute format("
-        "'alter database %I set idle_session_timeout = 3600000', current_database()); end$$"
-    )
+    name = database.conn.info.dbname
+    database.rows(f"alter database {name} set idle_session_timeout = 3600000")
     assert server.port is not None
     settings = database.through(server.port).settings
     with (
@@ -416,19 +414,16 @@ def test_a_killed_service_started_again_encodes_twice_only_what_was_in_flight(
     database.assert_invariant(model)
 
 
-def test_run_once_embeds_what_is_due_and_the_last_n_and_ends(
-    database: Database, static_model: Path
-) -> None:
+def test_run_once_embeds_what_is_due_and_the_last_n_and_ends(static: Database) -> None:
     """For those who can't keep a process running."""
-    swept, _ = database.insert("missed by a trigger", "due")
-    database.rows("delete from listener.change where event_id = %s", swept)
-    settings = replace(database.settings, embedding_model=str(static_model))
+    swept, _ = static.insert("missed by a trigger", "due")
+    static.rows("delete from listener.change where event_id = %s", swept)
 
-    finished = listener(settings, "run", "--once")
+    finished = listener(static.settings, "run", "--once")
 
     assert finished.stdout == ""
-    assert len(database.embedded()) == 2
-    assert database.value("select count(*) from listener.worker") == 0
+    assert len(static.embedded()) == 2
+    assert static.value("select count(*) from listener.worker") == 0
 
 
 def test_the_sweep_has_its_turn_where_events_never_cease(
@@ -529,18 +524,15 @@ def test_run_once_drops_parked_events_that_were_deleted(database: Database) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_service_cleanly(
-    database: Database, static_model: Path, spawn: Spawn, number: int
-) -> None:
+def test_a_signal_ends_the_service_cleanly(static: Database, spawn: Spawn, number: int) -> None:
     """Exit 0, no traceback, signed off."""
-    settings = replace(database.settings, embedding_model=str(static_model))
-    service = spawn(settings, "run")
+    service = spawn(static.settings, "run")
     service.wait_for("event=listening")
 
     assert service.end(number) == 0
 
     assert "Traceback" not in service.output()
-    assert database.value("select count(*) from listener.worker") == 0
+    assert static.value("select count(*) from listener.worker") == 0
 
 
 _SIGNALLED_TWICE = """

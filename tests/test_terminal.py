@@ -142,12 +142,14 @@ def test_a_watched_status_as_json_is_an_object_for_each_change(
 ) -> None:
     """For programs."""
     watching = spawn(static.settings, "status", "--watch", "--json")
-    watching.wait_for("last_error")
+    watching.wait_for('"pending": 0')
+    static.insert("a")
+    watching.wait_for('"pending": 1')
     watching.end()
 
-    first = watching.output().splitlines()[0]
+    shown = [json.loads(line)["pending"] for line in watching.output().splitlines() if line]
 
-    assert json.loads(first)["embedded"] == 0
+    assert set(shown) == {0, 1}
 
 
 def test_a_backfill_on_a_terminal_is_a_bar(static: Database) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from listener.template import sql_text
 
 EVENTS = sql_text("demo.sql")
-POISON = "poison"
 
 # What `listener install` makes, but for events that carry the marker. Not 1 / 0: the planner would
 # compute a constant at once, for every event.
