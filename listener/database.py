@@ -155,6 +155,16 @@ def with_all_events(
         return cursor
 
 
+@contextmanager
+def reading(conn: Connection) -> Iterator[None]:
+    """Read in a transaction at read committed; raises what `translated` does.
+
+    At a stricter default of the database a command's read could make a writer's transaction fail.
+    """
+    with translated(), conn.transaction():
+        yield
+
+
 def read_clock(conn: Connection) -> float:
     """The database's time, in seconds of the epoch."""
     with translated():

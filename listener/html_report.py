@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from listener import queries
 from listener.catalogue import Facts, read_facts
 from listener.config import Settings
-from listener.database import Connection, translated
+from listener.database import Connection, reading
 from listener.logs import redact
 from listener.report import facts_lines
 from listener.status import read_status
@@ -112,7 +112,7 @@ def _read_latency(conn: Connection, facts: Facts, last: int) -> Latency | None:
     if facts.created_at is None:
         return None
     parameters = {"last": last, "bounds": list(_LATENCIES)}
-    with translated():
+    with reading(conn):
         row = conn.execute(queries.LATENCY, parameters).fetchone()
     if row is None or row[0] is None:
         return None
@@ -125,7 +125,7 @@ def _read_latency(conn: Connection, facts: Facts, last: int) -> Latency | None:
 
 def _read_throughput(conn: Connection, last: int) -> Throughput | None:
     """None if nothing is embedded."""
-    with translated():
+    with reading(conn):
         rows = conn.execute(queries.THROUGHPUT, {"last": last}).fetchall()
     if not rows:
         return None

@@ -11,7 +11,7 @@ from psycopg.rows import class_row
 
 from listener import queries
 from listener.claim import EventId, Vector
-from listener.database import Connection, translated
+from listener.database import Connection, reading
 from listener.errors import SchemaError
 
 
@@ -64,7 +64,7 @@ def nearest(conn: Connection, vector: Vector, model: str, limit: int) -> list[Hi
     """
     parameters = {"embedding": vector, "model": model, "limit": limit}
     try:
-        with translated():
+        with reading(conn):
             rows = conn.execute(queries.NEAREST, parameters).fetchall()
     except psycopg.ProgrammingError as error:
         if error.sqlstate is not None:
@@ -79,5 +79,5 @@ def describe(conn: Connection, event_id: str) -> EventState | None:
 
     Raises psycopg.DataError if the id isn't of the key's type.
     """
-    with translated(), conn.cursor(row_factory=class_row(EventState)) as cursor:
+    with reading(conn), conn.cursor(row_factory=class_row(EventState)) as cursor:
         return cursor.execute(queries.DESCRIBE, {"event_id": event_id}).fetchone()

@@ -9,7 +9,7 @@ from psycopg.rows import dict_row
 
 from listener import queries
 from listener.config import Settings
-from listener.database import Connection, translated
+from listener.database import Connection, reading, translated
 from listener.errors import ConfigError
 from listener.logs import redact
 
@@ -20,7 +20,7 @@ _COUNTED = 10_000
 
 def read_status(conn: Connection, settings: Settings) -> dict[str, Any]:
     """The numbers of `status --json`, ready for json.dumps with default=str."""
-    with translated(), conn.cursor(row_factory=dict_row) as cursor:
+    with reading(conn), conn.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute(queries.STATUS).fetchone()
         assert row is not None  # noqa: S101  the view has one row
         status = dict(row)
@@ -58,7 +58,7 @@ def count_parked(conn: Connection) -> int:
 
 
 def _count(conn: Connection, statement: str, **parameters: float) -> int:
-    with translated():
+    with reading(conn):
         row = conn.execute(statement, parameters).fetchone()
     assert row is not None  # noqa: S101  an aggregate has one row
     return int(row[0])
@@ -66,7 +66,7 @@ def _count(conn: Connection, statement: str, **parameters: float) -> int:
 
 def read_workers(conn: Connection) -> list[dict[str, Any]]:
     """The workers that live. One behind a pooler may not be seen."""
-    with translated(), conn.cursor(row_factory=dict_row) as cursor:
+    with reading(conn), conn.cursor(row_factory=dict_row) as cursor:
         return cursor.execute(queries.WORKERS).fetchall()
 
 
@@ -90,7 +90,7 @@ def _scope(conn: Connection, settings: Settings) -> dict[str, Any]:
     except ConfigError as error:
         unknown = {"model": None, "events": None, "current": None}
         return {"last_n": last, **unknown, "problem": redact(str(error), settings.secrets())}
-    with translated():
+    with reading(conn):
         row = conn.execute(queries.COVERAGE, {"model": model, "last": last}).fetchone()
     assert row is not None  # noqa: S101  the function gives one row
     events, current = row

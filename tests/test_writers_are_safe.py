@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 
-from listener.database import Connection
+from listener.config import Settings
+from listener.database import Connection, connect
+from listener.html_report import render_report
 from listener.queue import Queue
+from listener.search import describe, nearest
+from listener.status import count_pending, read_status
 from tests.harness import Database, TinyEmbedder, is_asleep, serve_once, serving, wait_until
 from tests.test_install import install_in
 
@@ -291,6 +296,41 @@ def test_an_update_at_a_strict_level_succeeds_whatever_the_service_does_with_the
     with serving(database):
         database.wait_for_rest()
     database.assert_invariant()
+
+
+READS: dict[str, Callable[[Connection, Settings], object]] = {
+    "status": read_status,
+    "report": lambda conn, settings: render_report(conn, settings, 10),
+    "show": lambda conn, _: describe(conn, "1"),
+    "search": lambda conn, _: nearest(conn, np.zeros(384, np.float32), "model", 10),
+    "backfill": lambda conn, _: count_pending(conn),
+}
+
+
+@pytest.mark.parametrize("command", READS)
+def test_what_a_command_reads_fails_no_writer_at_serializable(
+    static: Database, command: str
+) -> None:
+    """At that level, too, it would make the third of a ring in which one must give way."""
+    static.insert("event")
+    static.rows("create table public.other as select 1 as n")
+    static.rows(
+        f'alter database "{static.conn.info.dbname}" '
+        "set default_transaction_isolation = serializable"
+    )
+    with (
+        static.session() as writer,
+        static.session() as other,
+        connect(static.owner, "listener-test") as conn,
+    ):
+        writer.execute("begin")
+        writer.execute("select n from public.other")
+        other.execute("update public.other set n = n + 1")
+
+        READS[command](conn, static.settings)
+
+        insert(writer, "text")
+        writer.execute("commit")
 
 
 def test_a_lock_on_the_queue_holds_up_no_writer(database: Database) -> None:
