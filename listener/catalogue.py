@@ -64,11 +64,14 @@ with in_public as materialized (
   select i.indrelid, a.attname
   from pg_catalog.pg_index i
   join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
+  left join pg_catalog.pg_collation l on l.oid = i.indcollation[0]
   where i.indrelid in (select c.oid from in_public c)
     and i.indisunique
     and i.indisvalid
     and i.indimmediate
     and i.indnkeyatts = 1
+    -- Else ids that are equal may differ.
+    and l.collisdeterministic is not false
     and i.indpred is null
 )
 select
@@ -118,32 +121,29 @@ select
   coalesce(pg_has_role(o.oid, 'member'), false) as member_of_owner_role,
   exists (select from pg_catalog.pg_roles where rolname = 'listener_worker') as worker_role_exists,
   exists (select from in_listener c where c.relname = 'applied') as installed,
-  to_regnamespace('listener') is not null as schema_exists,
+  (select pg_catalog.pg_get_userbyid(n.nspowner) from pg_catalog.pg_namespace n
+   where n.nspname = 'listener') as schema_owner,
   coalesce(has_schema_privilege(to_regnamespace('listener')::oid, 'usage'), false) as schema_usable,
   exists (
     select from pg_catalog.pg_proc p
     where p.pronamespace = to_regnamespace('listener') and p.proname = 'queue_inserted'
       and p.proowner = o.oid
   ) as owner_role_owns,
-  coalesce(
-    (select has_table_privilege(w.oid, c.oid, 'insert')
-       and has_function_privilege(w.oid, i.oid, 'execute')
-     from pg_catalog.pg_roles w
-     join in_listener c on c.relname = 'queue'
-     where w.rolname = 'listener_worker'),
-    false
+  exists (
+    select from pg_catalog.pg_roles w
+    join in_listener c on c.relname = 'queue'
+    where w.rolname = 'listener_worker'
+      and has_table_privilege(w.oid, c.oid, 'insert')
+      and has_function_privilege(w.oid, i.oid, 'execute')
   ) as worker_role_has_rights,
   (select replace(format_type(a.atttypid, a.atttypmod), '"', '')
    from pg_catalog.pg_attribute a
-   where a.attrelid = m.oid
-     and a.attname = 'embedding'
+   where a.attrelid = m.oid and a.attname = 'embedding'
      and not a.attisdropped) as embeddings_type,
   array(
     select a.attname::text
     from pg_catalog.pg_attribute a
-    where a.attrelid = m.oid
-      and a.attnum > 0
-      and not a.attisdropped
+    where a.attrelid = m.oid and a.attnum > 0 and not a.attisdropped
   ) as embeddings_columns,
   exists (
     select from unique_alone u where u.indrelid = m.oid and u.attname = 'event_id'
@@ -238,7 +238,7 @@ class Facts:
     member_of_owner_role: bool
     worker_role_exists: bool
     installed: bool
-    schema_exists: bool
+    schema_owner: str | None
     schema_usable: bool
     owner_role_owns: bool
     worker_role_has_rights: bool

@@ -21,7 +21,7 @@ from listener.embedder import load_embedder
 from listener.endpoint import require_metrics
 from listener.errors import ListenerError, SchemaError
 from listener.finding import Finding
-from listener.install import verify
+from listener.install import is_outdated, verify
 from listener.preflight import events_problem, rights_problem
 from listener.queue import Queue
 from listener.search import nearest
@@ -77,6 +77,7 @@ def _check_database(
     if not schema.ok:
         return
     yield _check_rights(settings, facts, work)
+    yield _check_grants(work)
     yield _check_search(work)
     yield _check_workers(work, fingerprint)
 
@@ -121,8 +122,15 @@ def _check_schema(work: Connection) -> Finding:
     try:
         facts = verify(work)
         require_input(work)
+        outdated = is_outdated(work, facts)
     except ListenerError as error:
         return Finding("schema", str(error), error.exit_code)
+    if outdated:
+        return Finding(
+            "schema",
+            "installed by another version, or iot_events has changed since; run `listener install`",
+            warns=True,
+        )
     return Finding("schema", f"installed; triggers on; {facts.embeddings_type}")
 
 
@@ -145,6 +153,20 @@ def _check_rights(settings: Settings, facts: Facts, work: Connection) -> Finding
     except ListenerError as error:
         return Finding("rights", str(error), error.exit_code)
     return Finding("rights", "may register, claim, read, write, acknowledge and sweep")
+
+
+def _check_grants(conn: Connection) -> Finding:
+    """As after a restore where default privileges give all on a new table."""
+    with translated():
+        roles = ", ".join(role for (role,) in conn.execute(queries.TOO_MUCH_GRANTED).fetchall())
+    if not roles:
+        return Finding("grants", "nobody else may truncate event_embeddings or put triggers on it")
+    return Finding(
+        "grants",
+        f"{roles} may truncate event_embeddings, or put a trigger on it that runs with others' "
+        f"rights; revoke trigger, truncate, references on public.event_embeddings from {roles}",
+        warns=True,
+    )
 
 
 def _check_search(conn: Connection) -> Finding:

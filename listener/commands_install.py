@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+
 import click
 
 from listener import install
 from listener.catalogue import Facts, read_facts
 from listener.config import Settings, load_settings
 from listener.console import DATABASE, Command, say
-from listener.database import connect
+from listener.database import Connection, connect
 from listener.preflight import require_installable
 from listener.report import Report, facts_lines, require_reports_dir, write_report
 
@@ -16,7 +18,8 @@ from listener.report import Report, facts_lines, require_reports_dir, write_repo
 @click.command("install", cls=Command, settings=(*DATABASE, "reports_dir"))
 @click.option(
     "--columns",
-    help="Columns to embed, comma-separated; default: as before, at first all but keys and times.",
+    help="Columns to embed, comma-separated (with a comma in it: in double quotes); default: as "
+    "before, at first all but keys and times.",
 )
 @click.option(
     "--print",
@@ -28,7 +31,7 @@ from listener.report import Report, facts_lines, require_reports_dir, write_repo
 def install_command(columns: str | None, dry_run: bool) -> None:
     """Create the queue, event_embeddings and the triggers; all or nothing, harmless twice."""
     settings = load_settings()
-    wanted = None if columns is None else [name.strip() for name in columns.split(",")]
+    wanted = None if columns is None else _names(columns)
     if wanted and not all(wanted):
         raise click.UsageError("--columns takes names with commas between them")
     with connect(settings, "listener-install") as conn:
@@ -45,7 +48,11 @@ def install_command(columns: str | None, dry_run: bool) -> None:
             return
         require_reports_dir(settings)
         install.apply_plan(conn, plan, say)
-        _tell_install(settings, before, plan, install.verify(conn))
+        _tell_install(settings, before, plan, conn)
+
+
+def _names(columns: str) -> list[str]:
+    return [name.strip() for name in next(csv.reader([columns], skipinitialspace=True))]
 
 
 def _tell_steps(plan: install.Plan) -> None:
@@ -57,7 +64,8 @@ def _tell_steps(plan: install.Plan) -> None:
         say("nothing to do: everything is in place")
 
 
-def _tell_install(settings: Settings, before: Facts, plan: install.Plan, after: Facts) -> None:
+def _tell_install(settings: Settings, before: Facts, plan: install.Plan, conn: Connection) -> None:
+    after = read_facts(conn)
     report = Report(
         "install",
         facts_lines(before),
@@ -68,6 +76,7 @@ def _tell_install(settings: Settings, before: Facts, plan: install.Plan, after: 
     )
     # Before any message: a closed stderr must not cost it.
     path = write_report(settings, report)
+    install.verify(conn)
     _tell_steps(plan)
     if before.input_source and before.input_source != after.input_source:
         say("the embedded text changed; run `listener backfill --all`")
@@ -89,7 +98,7 @@ def uninstall_command(drop_embeddings: bool) -> None:
     with connect(settings, "listener-uninstall") as conn:
         before = read_facts(conn)
         has_embeddings = before.embeddings_type is not None
-        if not (before.schema_exists or before.triggers or (drop_embeddings and has_embeddings)):
+        if not (before.schema_owner or before.triggers or (drop_embeddings and has_embeddings)):
             say(f"nothing to do: the listener is not installed in database {before.database}")
             return
         plan = install.plan_uninstall(before, drop_embeddings)

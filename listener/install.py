@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import psycopg
 
+from listener import queries
 from listener.catalogue import Facts, read_facts
 from listener.columns import choose_columns, is_replaced, quoted
 from listener.database import Connection, translated
@@ -17,13 +18,13 @@ from listener.preflight import embeddings_problem, hidden_problem
 from listener.template import Step, fill, placeholders, sql_files, sql_text
 from listener.trust import require_trusted
 
-_APPLIED = "select a.file, a.digest, a.columns from listener.applied a"
 _EMBEDDINGS_FILE = "002_event_embeddings.sql"
 _INPUT_FILE = "003_embedding_input.sql"
 _FUNCTIONS_FILE = "005_trigger_functions.sql"
 _OWNER_FILE = "006_owner.sql"
 _TRIGGERS_FILE = "007_triggers.sql"
 _WORKER_FILE = "009_worker.sql"
+_OWNERSHIP_FILE = "011_ownership.sql"
 # Part of the printed script, too. In a block of plpgsql, so that it also works where a tool for
 # migrations opens its transaction by other means than `begin`.
 _OPENING = """-- A request for a lock that waits blocks every later one, so give up soon. On all but
@@ -83,7 +84,7 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
     """
     require_trusted(conn)
     with translated():
-        rows = conn.execute(_APPLIED).fetchall() if facts.installed else []
+        rows = conn.execute(queries.APPLIED).fetchall() if facts.installed else []
     applied = {file: digest for file, digest, _ in rows}
     earlier = next((kept for file, _, kept in rows if file == _INPUT_FILE), None)
     chosen = _choose(facts, columns, earlier)
@@ -103,7 +104,9 @@ def plan_install(conn: Connection, facts: Facts, columns: Sequence[str] | None) 
         applied = {}
     for file, text in texts.items():
         step = Step(file, text, chosen if file == _INPUT_FILE else None)
-        if _is_needed(step, facts, applied, columns is not None):
+        # Whatever another role's install makes is given away.
+        is_last = bool(steps) and file == _OWNERSHIP_FILE and facts.schema_owner != facts.role
+        if is_last or _is_needed(step, facts, applied, columns is not None):
             steps.append(step)
     if any(step.file == _FUNCTIONS_FILE for step in steps) and not _may_replace(facts):
         raise SchemaError(
@@ -268,12 +271,25 @@ def verify(conn: Connection) -> Facts:
     return facts
 
 
+def is_outdated(conn: Connection, facts: Facts) -> bool:
+    """Whether an install would run a file again, because it reads differently now."""
+    with translated():
+        applied = {file: digest for file, digest, _ in conn.execute(queries.APPLIED)}
+    values = placeholders(facts, ())
+    return any(
+        Step(file, fill(sql_text(file), values)).digest != applied.get(file)
+        for file in sql_files()
+        # The text's may be your own; roles may be another's to make.
+        if file not in (_INPUT_FILE, _OWNER_FILE, _TRIGGERS_FILE, _WORKER_FILE)
+    )
+
+
 def plan_uninstall(facts: Facts, drop_embeddings: bool) -> Plan:
     """The steps that take the listener out again.
 
     Raises SchemaError if what has our names is somebody else's.
     """
-    if facts.schema_exists and not (facts.installed or facts.triggers):
+    if facts.schema_owner and not (facts.installed or facts.triggers):
         raise SchemaError(
             f"schema listener in database {facts.database} is not this listener's: it has no table "
             "applied, and iot_events has none of its triggers; nothing was changed"

@@ -20,7 +20,8 @@ from listener.database import Connection
 from listener.errors import SchemaError
 
 PATIENCE_SECONDS = 60.0
-_LOCK_TIMEOUT = "set local lock_timeout = '2s'"
+# Under a short time-out of role or database the lock would not be named, nor waited for again.
+_TIMEOUTS = "set local lock_timeout = '2s'; set local statement_timeout = 0"
 _NOT_NOW = (errors.LockNotAvailable, errors.DeadlockDetected)
 
 # Who outlasted our 2 s is older than that; who queued up behind us may have the lock by now, but is
@@ -73,7 +74,7 @@ def patiently(conn: Connection, change: Callable[[], None], tell: Callable[[str]
 
     def attempt() -> None:
         with conn.transaction():
-            conn.execute(_LOCK_TIMEOUT)
+            conn.execute(_TIMEOUTS)
             change()
 
     def announce(state: RetryCallState) -> None:

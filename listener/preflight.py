@@ -54,7 +54,10 @@ def events_problem(facts: Facts) -> str | None:
         found = "missing" if facts.key is None else facts.key.type
         return f"iot_events.id is {found}; it must be one of {', '.join(_KEY_TYPES)}"
     if not facts.key_is_unique or not facts.key.not_null:
-        return "iot_events.id has no primary key or unique constraint of its own; add one"
+        return (
+            "iot_events.id has no primary key or unique constraint of its own, or its collation is "
+            "nondeterministic, so that ids which differ are equal; add one, or change the collation"
+        )
     if problem := embeddings_problem(facts):
         return problem
     if set(facts.event_id_types) - {facts.key.type}:

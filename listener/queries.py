@@ -617,6 +617,8 @@ select count(*) from listener.queue q where q.lane in (0, 1) and q.due_at = 'inf
 
 # --- checks ------------------------------------------------------------------------------------
 
+APPLIED = "select a.file, a.digest, a.columns from listener.applied a"
+
 CLOCK = "select extract(epoch from clock_timestamp())"
 
 # Which of the vector indexes the operator of listener.nearest can use.
@@ -642,6 +644,21 @@ where tn.nspname = 'public'
   and t.relname = 'event_embeddings'
   and am.amname in ('hnsw', 'ivfflat')
 order by ic.relname
+"""
+
+# A trigger there would run with the rights of the owner, or of the service; and no policy stops a
+# truncate.
+TOO_MUCH_GRANTED = """
+select distinct coalesce(pg_catalog.quote_ident(g.rolname), 'public')
+from pg_catalog.pg_class c
+join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+cross join lateral pg_catalog.aclexplode(c.relacl) a
+left join pg_catalog.pg_roles g on g.oid = a.grantee
+where n.nspname = 'public'
+  and c.relname = 'event_embeddings'
+  and a.grantee <> c.relowner
+  and a.privilege_type in ('TRIGGER', 'TRUNCATE', 'REFERENCES')
+order by 1
 """
 
 # --- report ------------------------------------------------------------------------------------

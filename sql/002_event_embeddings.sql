@@ -12,6 +12,7 @@
 do $$
 declare
   v_role name;
+  v_key name;
   v_must_close boolean := to_regclass('public.event_embeddings') is null;
   v_lacks_key boolean;
 begin
@@ -48,7 +49,19 @@ begin
       and c.confdeltype = 'c'
   );
   if v_lacks_key then
-    alter table public.event_embeddings drop constraint if exists event_embeddings_event_id_fkey;
+    for v_key in
+      select c.conname
+      from pg_catalog.pg_constraint c
+      join pg_catalog.pg_attribute a on a.attrelid = c.conrelid and c.conkey = array[a.attnum]
+      where c.conrelid = 'public.event_embeddings'::regclass
+        and c.contype = 'f'
+        -- The copies for partitions go with their parent's.
+        and c.conparentid = 0
+        and a.attname = 'event_id'
+        and (c.conname = 'event_embeddings_event_id_fkey' or c.confrelid <> 'public.iot_events'::regclass)
+    loop
+      execute pg_catalog.format('alter table public.event_embeddings drop constraint %I', v_key);
+    end loop;
     alter table public.event_embeddings
     add constraint event_embeddings_event_id_fkey foreign key (event_id)
       references public.iot_events (id) on update cascade on delete cascade not valid;

@@ -15,6 +15,7 @@ set search_path = ''
 set datestyle = 'ISO'
 set timezone = 'UTC'
 set intervalstyle = 'postgres'
+set lc_monetary = 'C'
 set extra_float_digits = 1
 set bytea_output = 'hex'
 as @quote@

@@ -295,27 +295,6 @@ begin
 end
 $$;
 
--- What runs with its owner's rights has those of who installed first, not of a superuser who upgrades: it
--- calls functions that the former may replace.
-do $$
-declare
-  v_function regprocedure;
-  v_owner name;
-begin
-  for v_function, v_owner in
-    select p.oid, pg_catalog.pg_get_userbyid(n.nspowner)
-    from pg_catalog.pg_proc p
-    join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-    where n.nspname = 'listener'
-      and p.prosecdef
-      and p.prorettype <> 'pg_catalog.trigger'::regtype
-      and p.proowner <> n.nspowner
-  loop
-    execute pg_catalog.format('alter function %s owner to %I', v_function, v_owner);
-  end loop;
-end
-$$;
-
 revoke all on function listener.embedding_input(public.iot_events) from public;
 revoke all on function listener.input_of(public.iot_events) from public;
 revoke all on function listener.latency(integer) from public;

@@ -59,7 +59,8 @@ begin
       end
     );
   exception when others or assert_failure then
-    v_changed := '{null}';
+    -- Not '{null}', which under array_nulls = off is a text.
+    v_changed := array[null];
   end;
   if pg_catalog.array_position(v_changed, null) is null then
     insert into listener.change (event_id)

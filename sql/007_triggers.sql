@@ -15,3 +15,23 @@ for each statement execute function listener.queue_updated();
 
 alter table public.iot_events enable always trigger listener_inserted;
 alter table public.iot_events enable always trigger listener_updated;
+
+-- A table that had the name before keeps none: they would record its rows as events.
+do $$
+declare
+  v_trigger name;
+  v_table regclass;
+begin
+  for v_trigger, v_table in
+    select g.tgname, c.oid
+    from pg_catalog.pg_trigger g
+    join pg_catalog.pg_class c on c.oid = g.tgrelid
+    where g.tgfoid in ('listener.queue_inserted()'::regprocedure, 'listener.queue_updated()'::regprocedure)
+      and c.oid <> 'public.iot_events'::regclass
+      and not c.relispartition
+      and pg_catalog.pg_has_role(c.relowner, 'usage')
+  loop
+    execute pg_catalog.format('drop trigger %I on %s', v_trigger, v_table);
+  end loop;
+end
+$$;

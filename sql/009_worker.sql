@@ -21,6 +21,8 @@ grant execute on function listener.compact() to listener_worker;
 
 grant select, insert, delete, update (seen_at) on listener.worker to listener_worker;
 grant usage on sequence listener.worker_token to listener_worker;
+-- For `listener check`, which compares it with its own files.
+grant select on listener.applied to listener_worker;
 
 -- The same for an event, which must not go while its vector is stored. `input` is computed, so it is
 -- the one column by which events can be locked, and none changed.

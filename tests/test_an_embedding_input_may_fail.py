@@ -114,6 +114,20 @@ def test_an_event_that_it_fails_on_is_parked_and_its_mates_are_stored(
     assert set(database.embedded()) == {first, *more, edited}
 
 
+def test_an_update_on_which_it_fails_is_queued_whatever_the_writers_session_takes_for_null(
+    database: Database,
+) -> None:
+    """And the writer is not refused."""
+    (event_id,) = database.insert("good")
+    database.forget_queue()
+    replace_input(database, "raise exception 'no'")
+    database.rows("set array_nulls = off")
+
+    database.rows("update public.iot_events set message = 'bad'")
+
+    assert [row[0] for row in database.queue()] == [event_id]
+
+
 def test_a_right_that_is_missing_is_no_events_fault(database: Database, queue: Queue) -> None:
     """Nor is anything else of which the statement fails without an event as well."""
     database.insert("a", "b")

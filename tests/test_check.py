@@ -49,6 +49,7 @@ NAMES = [
     "iot_events",
     "schema",
     "rights",
+    "grants",
     "search",
     "workers",
 ]
@@ -114,6 +115,31 @@ def test_check_fails_with_the_remedy(
     assert finished.returncode == code
     (line,) = [text for text in finished.stdout.splitlines() if text.startswith(f"FAIL  {name}")]
     assert remedy in line
+
+
+def test_check_warns_of_a_schema_that_an_install_would_change(static: Database) -> None:
+    """As after an upgrade of the package alone."""
+    static.rows("update listener.applied set digest = 'old' where file = '004_sweep.sql'")
+
+    found = findings(static)["schema"]
+
+    assert found.state == "warn"
+    assert "run `listener install`" in found.detail
+
+
+def test_check_warns_of_rights_that_reach_past_row_level_security(static: Database) -> None:
+    """As after a restore under default privileges; with what takes them back."""
+    with role(static.conn, '"re-store"') as restored:
+        static.rows(f"grant all on public.event_embeddings to {restored}")
+
+        found = findings(static)["grants"]
+
+        assert found.state == "warn"
+        static.rows(found.detail.partition("; ")[2])
+        assert findings(static)["grants"].state == "ok"
+        assert static.value(
+            "select has_table_privilege('re-store', 'public.event_embeddings', 'select')"
+        )
 
 
 def test_check_ends_as_the_service_would_at_the_first_that_fails(static: Database) -> None:

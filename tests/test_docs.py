@@ -338,3 +338,13 @@ def test_the_wheel_works_without_the_clone(tmp_path: Path) -> None:
 
     assert Path(shown[0]).is_relative_to(site)
     assert shown[1:] == sql_files()
+
+
+def test_the_settings_that_the_text_is_made_under_are_listed(database: Database) -> None:
+    """Who writes an embedding_input has to set the same."""
+    settings = database.value(
+        "select proconfig from pg_proc where oid = 'listener.embedding_input'::regproc"
+    )
+    names = {setting.partition("=")[0] for setting in settings} - {"search_path"}
+    sentence = README.partition("The generated function sets ")[2].partition(" for itself")[0]
+    assert set(re.findall(r"`(\w+)`", sentence)) == {name.lower() for name in names}

@@ -14,9 +14,11 @@ from typing import Any
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 
 from listener import install
 from listener.catalogue import read_facts
+from listener.cli import cli
 from listener.config import Settings
 from listener.database import Connection, connect
 from listener.errors import ConnectionLost, SchemaError
@@ -243,6 +245,25 @@ def test_an_install_that_nobody_hears_leaves_its_report(
     assert list(tmp_path.glob("*_install.md"))
 
 
+def test_an_install_whose_result_is_not_whole_leaves_its_report(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has changed something."""
+
+    def verify(_: Connection) -> None:
+        raise SchemaError("not whole")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", database.owner.database_url)
+    monkeypatch.setattr(install, "verify", verify)
+    database.rows("alter table public.iot_events disable trigger listener_inserted")
+
+    finished = CliRunner().invoke(cli, ["install"])
+
+    assert isinstance(finished.exception, SchemaError)
+    assert list(tmp_path.glob("_reports/*_install.md"))
+
+
 def test_an_uninstall_where_nothing_is_installed_says_so(
     new_database: NewDatabase, tmp_path: Path
 ) -> None:
@@ -446,6 +467,40 @@ def test_a_view_that_a_stranger_has_put_into_our_schema_is_refused_unread(
             database.rows("reset role")
 
             with pytest.raises(SchemaError, match=r"^listener\.waiting belongs to a role"):
+                install_in(database.conn)
+
+
+def test_what_a_superuser_makes_anew_belongs_to_who_installed_first(
+    new_database: NewDatabase,
+) -> None:
+    """Whose functions use it, and who does the next upgrade."""
+    with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
+        admin.execute("create extension vector")
+        with role(admin, "first", "login"):
+            admin.execute("grant create on schema public to first")
+            admin.execute(f'grant create on database "{admin.info.dbname}" to first'.encode())
+            own = url.replace("postgres@", "first@")
+            with with_events(own, "id bigint primary key, message text") as database:
+                install_in(database.conn)
+                for damage in (
+                    "drop table listener.queue, listener.change, public.event_embeddings cascade",
+                    "drop function listener.input_of cascade",
+                    "drop sequence listener.lease_token",
+                ):
+                    database.rows(damage)
+
+                install_in(admin)
+
+                owners = (
+                    "select relowner::regrole::text from pg_class where relkind in ('r', 'v', 'S') "
+                    "and (relnamespace = 'listener'::regnamespace or relname = 'event_embeddings') "
+                    "union select proowner::regrole::text from pg_proc "
+                    "where pronamespace = 'listener'::regnamespace "
+                    "and prorettype <> 'trigger'::regtype"
+                )
+                assert database.rows(owners) == [("first",)]
+                admin.execute("grant listener_owner to first")
+                database.rows("update listener.applied set digest = 'of an earlier version'")
                 install_in(database.conn)
 
 
@@ -696,6 +751,21 @@ def test_a_key_of_events_that_no_foreign_key_can_refer_to_is_refused(
         require_installable(read_facts(database.conn))
 
 
+def test_a_key_under_which_different_ids_are_equal_is_refused(new_database: NewDatabase) -> None:
+    """An event that takes another spelling of its id would have two embeddings."""
+    with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
+        admin.execute('create collation public.blurred from "C"')
+        with with_events(url, "id text collate public.blurred primary key, message text"):
+            # By hand, because the server may lack ICU, which alone makes one.
+            admin.execute("set allow_system_table_mods = on")
+            admin.execute(
+                "update pg_collation set collisdeterministic = false where collname = 'blurred'"
+            )
+
+            with pytest.raises(SchemaError, match="its collation is nondeterministic"):
+                require_installable(read_facts(admin))
+
+
 @pytest.mark.parametrize("schema", ["public", "extensions"])
 def test_the_default_text_leaves_out_keys_ids_times_and_what_nobody_reads(
     new_database: NewDatabase, schema: str
@@ -783,6 +853,21 @@ def test_chosen_columns_are_kept_by_the_next_install_and_one_column_stands_bare(
         assert database.value("select listener.embedding_input(e) from public.iot_events e") == "7"
         with pytest.raises(SchemaError, match="no column nonsense"):
             install_in(database.conn, ["nonsense"])
+
+
+def test_a_column_with_a_comma_in_its_name_can_be_chosen(
+    new_database: NewDatabase, tmp_path: Path
+) -> None:
+    """In double quotes."""
+    columns = 'id bigint primary key, "temp, °C" text, message text'
+    with new_database() as url, with_events(url, columns) as database:
+        settings = Settings(database_url=url, reports_dir=tmp_path / "reports")
+
+        listener(settings, "install", "--columns", 'message, "temp, °C"')
+
+        database.rows("insert into public.iot_events values (1, '21', 'a')")
+        text = database.value("select listener.embedding_input(e) from public.iot_events e")
+    assert text == "message: a\ntemp, °C: 21"
 
 
 def test_an_install_that_changes_the_text_says_what_is_left_to_do(
@@ -934,6 +1019,10 @@ def test_where_another_table_took_the_name_the_old_one_may_go_and_events_be_renu
     columns = "id bigint primary key, message text"
     with new_database() as url, with_events(url, columns) as database:
         install_in(database.conn)
+        database.rows(
+            "alter table public.event_embeddings rename constraint event_embeddings_event_id_fkey "
+            "to as_a_tool_names_it"
+        )
         database.rows("alter table public.iot_events rename to iot_events_old")
         database.rows(f"create table public.iot_events ({columns})")
         install_in(database.conn)
@@ -944,6 +1033,22 @@ def test_where_another_table_took_the_name_the_old_one_may_go_and_events_be_renu
         database.rows("update public.iot_events set id = 2")
 
         assert set(database.embedded()) == {2}
+
+
+def test_a_table_that_had_the_name_keeps_no_trigger(new_database: NewDatabase) -> None:
+    """Its rows are no events; and where its columns are renamed its writers would be refused."""
+    columns = "id bigint primary key, message text"
+    with new_database() as url, with_events(url, columns) as database:
+        install_in(database.conn)
+        database.rows("alter table public.iot_events rename to iot_events_old")
+        database.rows(f"create table public.iot_events ({columns})")
+
+        install_in(database.conn)
+
+        database.rows("alter table public.iot_events_old rename id to number")
+        database.rows("insert into public.iot_events_old values (1, 'a')")
+        database.rows("insert into public.iot_events values (2, 'b')")
+        assert [row[0] for row in database.queue()] == [2]
 
 
 def test_a_foreign_key_that_does_not_cascade_is_put_right_by_install(database: Database) -> None:

@@ -241,7 +241,7 @@ def test_uninstall_twice_is_once(database: Database) -> None:
     uninstall_in(database.conn, drop_embeddings=True)
     uninstall_in(database.conn, drop_embeddings=True)
 
-    assert not read_facts(database.conn).schema_exists
+    assert read_facts(database.conn).schema_owner is None
 
 
 def test_a_printed_migration_waits_for_no_lock_for_long_whatever_is_in_it(

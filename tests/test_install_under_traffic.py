@@ -312,6 +312,28 @@ def test_an_install_that_loses_a_deadlock_is_tried_again(database: Database) -> 
     assert len(told) == 1
 
 
+def test_an_install_under_a_short_time_out_of_statements_waits_for_its_locks_all_the_same(
+    database: Database,
+) -> None:
+    """It names the holder and tries again."""
+    told: list[str] = []
+    with database.session("migration") as other, database.session() as conn:
+        conn.execute("set statement_timeout = '1s'")
+        other.execute("begin")
+        other.execute("lock table public.iot_events")
+
+        def tell(line: str) -> None:
+            told.append(line)
+            other.execute("commit")
+
+        def change() -> None:
+            conn.execute("lock table public.iot_events")
+
+        patience.patiently(conn, change, tell)
+
+    assert len(told) == 1
+
+
 def test_an_upgrade_with_live_workers_loses_nothing(database: Database) -> None:
     """Every object is made again while two services claim, on one connection, and devices write."""
     reconnects = counters.reconnects

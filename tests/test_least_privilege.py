@@ -143,7 +143,7 @@ def test_every_statement_may_be_executed_and_needs_each_right(database: Database
         "insert into listener.event (id) values (2)",
         "insert into listener.change (event_id) values (1)",
         "update listener.change set event_id = 2",
-        "select from listener.applied",
+        "delete from listener.applied",
         "drop table listener.queue",
         "create table listener.mine ()",
         "create function listener.mine() returns int language sql as 'select 1'",
