@@ -10,7 +10,7 @@ import pytest
 from listener import service
 from listener.embedded import Server
 from listener.metrics import make_registry
-from tests.harness import Database, TinyEmbedder, serving, wait_until
+from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
 from tests.pooler import needs_pgbouncer, pooled
 
 pytestmark = needs_pgbouncer
@@ -31,6 +31,8 @@ def test_behind_a_transaction_pooler_events_are_found_by_polling(
         for number in range(200):
             behind_pooler.insert(f"event {number}")
         behind_pooler.wait_for_rest()
+        # Of a shared session, which would keep the lock for good.
+        assert not is_asleep(behind_pooler)
 
     assert len(behind_pooler.embedded()) == 200
     behind_pooler.assert_invariant()

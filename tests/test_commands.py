@@ -21,16 +21,20 @@ from uuid import UUID
 
 import psycopg
 import pytest
+from rich.console import Console
 
+from listener import demo
 from listener.backfill import queue_events
 from listener.claim import SweepPage
 from listener.config import MOST_EVENTS, Settings
 from listener.embedded import Server
-from listener.errors import ConfigError, StatementTimeout
+from listener.errors import ConfigError, EncoderLost, StatementTimeout
 from listener.model import locate
 from listener.queue import Queue
 from listener.report import Report, require_reports_dir, write_report
 from listener.search import describe, nearest
+from listener.service import Service
+from listener.stop import Stop
 from tests.harness import (
     Database,
     Spawn,
@@ -729,6 +733,32 @@ def test_the_server_of_the_demo_is_for_its_owner_alone(server: Server, open_fold
         assert made.home.stat().st_mode & 0o777 == 0o700
     finally:
         made.stop("immediate")
+
+
+def test_ctrl_c_does_not_reach_what_prepares_the_server_of_the_demo(open_folder: Path) -> None:
+    """Half a data directory would be in the way of the next start."""
+    program = open_folder / "initdb"
+    program.write_text("#!/bin/sh\ncut -d' ' -f6 /proc/$$/stat\nexit 1\n")
+    program.chmod(0o755)
+
+    with pytest.raises(ConfigError) as told:
+        Server(open_folder, open_folder)._run("initdb")
+
+    assert int(str(told.value).split()[-1]) != os.getsid(0)
+
+
+def test_a_demo_whose_service_fails_ends_with_its_error(
+    static: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and it is not waited for a vector."""
+
+    def fails(_: Service) -> None:
+        raise EncoderLost("the GPU failed")
+
+    monkeypatch.setattr(Service, "run", fails)
+
+    with pytest.raises(EncoderLost, match="the GPU failed"):
+        demo._serve_and_feed(static.settings, static.conn, None, Stop(), Console(quiet=True))
 
 
 def test_a_demo_whose_server_does_not_start_shows_what_the_server_said(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from listener import config
 from listener.config import Settings, load_settings
 from listener.errors import ConfigError
 from tests.harness import listener
+
+_MAKEFILE = Path(__file__).parents[1] / "Makefile"
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
@@ -118,6 +121,41 @@ def test_the_environment_wins_over_the_env_file(tmp_path: Path) -> None:
 
     assert finished.returncode == 2
     assert "MAX_ATTEMPTS is 'none'" in finished.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+@pytest.mark.parametrize(
+    ("variables", "env_file", "command"),
+    [
+        ({}, None, "demo"),
+        *(({name: "x"}, None, "run") for name in ("DATABASE_URL", "PGHOST", "PGSERVICE")),
+        ({}, "LOG_LEVEL=debug\nDATABASE_URL=postgresql:///x\n", "run"),
+        ({}, "  export PGHOST = x\n", "run"),
+        ({}, "# DATABASE_URL=x\nDATABASE_URL=\nPGHOST= # x\nPGHOSTNAME=x\n", "demo"),
+    ],
+)
+def test_make_run_is_the_service_where_a_database_is_named_and_the_demo_elsewhere(
+    tmp_path: Path, variables: dict[str, str], env_file: str | None, command: str
+) -> None:
+    """In the environment or in `.env`; the demo would be taken for the service."""
+    for name in ("pyproject.toml", "constraints.txt", ".demo"):
+        (tmp_path / name).touch()
+    if env_file is not None:
+        (tmp_path / ".env").write_text(env_file)
+    program = tmp_path / "listener"
+    program.write_text('#!/bin/sh\necho "$@"\n')
+    program.chmod(0o755)
+
+    made = subprocess.run(
+        ["make", "-s", "-f", _MAKEFILE, "run", f"VENV={tmp_path}", f"BIN={tmp_path}"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert (made.stdout, made.stderr) == (f"{command}\n", "")
 
 
 def test_an_empty_variable_hides_none_of_the_env_file(tmp_path: Path) -> None:

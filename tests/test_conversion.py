@@ -28,11 +28,11 @@ from tests.test_engines import chosen
 
 
 def test_a_second_conversion_keeps_the_first(converted: Settings) -> None:
-    """Harmless twice: a service that runs on it is not disturbed."""
+    """Harmless twice, at whatever precision it is to run: a service that does is not disturbed."""
     folder = converted_directory(locate(converted), converted)
     before = (folder / engine_openvino.MANIFEST).stat()
 
-    assert convert(converted) == folder
+    assert convert(replace(converted, precision="bf16")) == folder
     after = (folder / engine_openvino.MANIFEST).stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -48,6 +48,8 @@ def test_a_conversion_is_open_to_the_services_account_but_for_what_links_lead_to
     made = [folder.parent, folder, *folder.rglob("*")]
     for path in made:
         path.chmod(0o700 if path.is_dir() else 0o600)
+    # Not made by the conversion.
+    settings.model_cache.chmod(0o711)
     secret, elsewhere = tmp_path / "secret", tmp_path / "elsewhere"
     secret.touch(0o600)
     elsewhere.mkdir(0o700)
@@ -61,7 +63,8 @@ def test_a_conversion_is_open_to_the_services_account_but_for_what_links_lead_to
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert len(made) > 5
     assert all(path.stat().st_mode & 0o004 for path in made)
-    assert [path.stat().st_mode & 0o777 for path in (secret, elsewhere)] == [0o600, 0o700]
+    modes = [path.stat().st_mode & 0o777 for path in (secret, elsewhere, settings.model_cache)]
+    assert modes == [0o600, 0o700, 0o711]
 
 
 def test_two_conversions_at_once_both_leave_the_model(
@@ -118,7 +121,9 @@ def test_a_conversion_whose_vectors_differ_leaves_nothing(
         ({"1_Pooling/config.json": {"pooling_mode": "max"}}, "its pooling is max"),
         ({"1_Pooling/config.json": {"pooling_mode": None}}, "its pooling is None"),
         ({"1_Pooling/config.json": []}, "its pooling is not readable"),
+        ({"1_Pooling/config.json": {"pooling_mode": ["mean", "max"]}}, r"its pooling is mean\+max"),
         ({"modules.json": [{"type": "a.Transformer", "path": ""}]}, "made of Transformer"),
+        ({"config_sentence_transformers.json": {"truncate_dim": 256}}, "leaves numbers out"),
         (
             {
                 "config_sentence_transformers.json": {
@@ -201,8 +206,10 @@ def test_a_model_that_moves_stays_converted(converted: Settings, tmp_path: Path)
     assert chosen(replace(converted, embedding_model=str(moved))) == "openvino"
 
 
-def test_the_converted_model_of_another_is_never_used(copied: Settings, tmp_path: Path) -> None:
-    """Not by its name, nor if its files are put where this one's should be."""
+def test_the_converted_model_of_another_is_never_used(
+    copied: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by its name, nor if its files are put where this one's should be, nor one of before."""
     other = tmp_path / "model"  # the same last part of the path
     shutil.copytree(copied.embedding_model, other)
     (other / "vocab.txt").write_text("other")
@@ -210,6 +217,10 @@ def test_the_converted_model_of_another_is_never_used(copied: Settings, tmp_path
     theirs = converted_directory(locate(copied), copied)
     ours = converted_directory(locate(settings), settings)
 
+    with monkeypatch.context() as later:
+        later.setattr(engine_openvino, "FORMAT", engine_openvino.FORMAT + 1)
+        with pytest.raises(ConfigError, match=r"format 1.*run `listener model convert`"):
+            load_embedder(copied)
     with pytest.raises(ConfigError, match="is not converted"):
         load_embedder(settings)
     theirs.rename(ours)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from listener import embedder as embedder_module
 from listener import engine_openvino
@@ -107,6 +112,7 @@ def test_openvino_gives_the_vectors_of_torch_for_gte_smalls_fp16_files(
     folder = convert(settings)
 
     assert (folder / engine_openvino.WEIGHTS).stat().st_size > 130_000_000
+    assert any((folder / engine_openvino.COMPILED).iterdir()), "compiled at each start"
     assert least_cosine(settings, mixed_texts(100)) >= EXACT
     assert load_embedder(settings).max_tokens == 512
 
@@ -175,6 +181,21 @@ def test_a_text_without_tokens_is_zeros_in_a_static_embedding_and_spoils_no_othe
     alone = np.concatenate([embedder.encode([text]) for text in texts])
     np.testing.assert_allclose(vectors, alone, atol=1e-6)
     assert not vectors[[0, 2, 3, 5]].any()
+
+
+def test_a_static_embedding_averages_no_padding(static_model: Path, tmp_path: Path) -> None:
+    """Though its tokenizer was saved with it."""
+    shutil.copytree(static_model, tmp_path / "padded")
+    tokenizer = Tokenizer.from_file(str(static_model / "tokenizer.json"))
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(tmp_path / "padded" / "tokenizer.json"))
+
+    expected, found = (
+        load_embedder(Settings(embedding_model=str(folder))).encode(["pump hot"])
+        for folder in (static_model, tmp_path / "padded")
+    )
+
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_openvino_gives_a_text_the_same_vector_alone_and_among_others(converted: Settings) -> None:
@@ -259,6 +280,30 @@ def test_auto_takes_torch_where_openvino_is_not_installed(
         ConfigError, match=r"not installed; pip install 'iot-event-listener\[fast\]"
     ):
         load_embedder(replace(converted, engine="openvino"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "weights", "engine"),
+    [
+        ("float32", {}, None, "static"),
+        ("bfloat16", {}, None, "torch"),
+        ("float32", {"prompts": {"a": "query: "}, "default_prompt_name": "a"}, None, "torch"),
+        ("float32", {}, b"truncated", "torch"),
+    ],
+    ids=["as it is", "numbers that numpy lacks", "with a prompt", "damaged"],
+)
+def test_a_static_embedding_that_only_torch_can_judge_is_left_to_it(
+    tmp_path: Path, kind: str, config: dict[str, object], weights: bytes | None, engine: str
+) -> None:
+    """It reads more, or says what is wrong."""
+    (tmp_path / "modules.json").write_text('[{"type": "a.StaticEmbedding", "path": ""}]')
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(config))
+    table = torch.zeros((2, 384), dtype=getattr(torch, kind))
+    save_file({"embedding.weight": table}, tmp_path / "model.safetensors")
+    if weights:
+        (tmp_path / "model.safetensors").write_bytes(weights)
+
+    assert chosen(Settings(embedding_model=str(tmp_path))) == engine
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,16 @@ from listener import cli, install, patience
 from listener.catalogue import read_facts
 from listener.config import Settings
 from listener.counters import counters
-from tests.harness import Database, Spawn, serve_once, serving, vector_of, wait_until
+from tests.harness import (
+    Database,
+    Spawn,
+    is_waited_for,
+    role,
+    serve_once,
+    serving,
+    vector_of,
+    wait_until,
+)
 from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
 from tests.test_writers_are_safe import insert
 
@@ -159,6 +168,32 @@ def test_who_holds_a_lock_in_another_database_is_not_blamed(
         wait_until(lambda: database.rows(old, other.info.backend_pid))
 
         assert patience._holder(database.conn).startswith("its holder has ended by now")
+
+
+def test_where_sessions_show_no_more_than_their_process_it_is_a_writers_that_is_named(
+    database: Database,
+) -> None:
+    """As to a role that is no superuser; a reader, or who waits as well, is in nobody's way."""
+    with (
+        database.session() as reader,
+        database.session() as writer,
+        database.session() as waiter,
+        role(database.conn, "plain") as plain,
+    ):
+        reader.execute("begin; select from public.iot_events")
+        writer.execute("begin; lock table listener.queue in row exclusive mode")
+        pid = writer.info.backend_pid
+        database.rows(f"grant usage on schema listener to {plain}")
+        with in_the_background(lambda: waiter.execute("truncate public.iot_events cascade")):
+            try:
+                wait_until(lambda: is_waited_for(database.conn, "public.iot_events"))
+                database.rows(f"set role {plain}")
+                found = patience._holder(database.conn)
+            finally:
+                database.rows("reset role")
+                reader.close()
+
+    assert found == f"pid {pid} (listener-test, in a transaction) holds listener.queue"
 
 
 def gives_up(monkeypatch: pytest.MonkeyPatch, settings: Settings, command: str) -> int:

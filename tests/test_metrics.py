@@ -30,7 +30,7 @@ from listener.database import connect
 from listener.embedded import Server
 from listener.endpoint import _MOST_THREADS, _Handler, _listen, start_endpoint
 from listener.errors import ConfigError, ListenerError
-from listener.health import health
+from listener.health import Health, health
 from listener.metrics import make_registry
 from tests.harness import (
     DEADLINE_SECONDS,
@@ -177,6 +177,8 @@ def test_a_scrape_is_answered_while_the_model_runs(
     assert values["listener_oldest_pending_seconds[live]"] > 0
     assert values["listener_parked_events"] == 1
     assert (endpoint.status("/readyz"), endpoint.status("/healthz")) == (200, 200)
+    # A check of a misspelt path would else never fail.
+    assert endpoint.status("/health") == 404
 
 
 def test_the_age_of_what_waits_is_told_by_lane(database: Database) -> None:
@@ -489,6 +491,20 @@ def test_a_name_that_nobody_can_be_asked_for_may_be_known_later(
     assert refused.value.exit_code == code
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_port_is_opened_on_an_address_of_either_version(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """A host may have IPv6 only; and nobody is asked for its name, which may take seconds."""
+    monkeypatch.setattr("socket.getfqdn", None)
+    if ":" in host and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("no IPv6 on this machine")
+    settings = Settings(metrics_host=host, metrics_port=free_port())
+
+    with _listen(settings, demo_app) as server:
+        socket.create_connection((host, server.server_port), DEADLINE_SECONDS).close()
+
+
 def test_a_client_that_leaves_is_no_line_in_the_log(
     database: Database, watch: Callable[..., Endpoint]
 ) -> None:
@@ -504,6 +520,8 @@ def test_a_client_that_leaves_is_no_line_in_the_log(
 
     assert endpoint.worker.end() == 0
     assert "Traceback" not in endpoint.worker.output()
+    # Nor is a scrape.
+    assert "GET" not in endpoint.worker.output()
 
 
 def test_a_client_that_says_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -549,10 +567,18 @@ def test_no_client_holds_up_the_end_of_the_process() -> None:
         assert client.daemon
 
 
-def test_a_port_beyond_all_ports_is_refused() -> None:
-    """As one that is taken."""
+@pytest.mark.parametrize("host", ["127.0.0.1", "x" * 64])
+def test_a_port_beyond_all_ports_and_a_name_that_can_be_no_hosts_are_refused(host: str) -> None:
+    """As a port that is taken."""
     with pytest.raises(ConfigError, match="can't be listened on"):
-        start_endpoint(Settings(metrics_port=99_999))
+        start_endpoint(Settings(metrics_host=host, metrics_port=99_999))
+
+
+def test_a_service_that_loads_its_model_is_healthy_and_not_ready() -> None:
+    """Or it would be killed for it."""
+    loading = Health()
+
+    assert (loading.is_stalled, loading.is_ready) == (False, False)
 
 
 def test_without_the_extra_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

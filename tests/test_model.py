@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from listener import model
 from listener.config import GTE_SMALL, GTE_SMALL_REVISION, Settings
 from listener.embedder import load_embedder
 from listener.encoding import Encoder
@@ -165,13 +166,32 @@ def test_the_fingerprint_names_the_commit_where_a_branch_is_set(
     assert branch.name == f"{GTE_SMALL}@{GTE_SMALL_REVISION[:12]}"
 
 
+@pytest.mark.parametrize("name", [GTE_SMALL, "no/name/of a hub"])
 def test_a_missing_model_names_the_command_that_fetches_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Exit 2 and a remedy."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
     with pytest.raises(ConfigError, match="listener model fetch"):
+        locate(Settings(embedding_model=name))
+
+
+def test_a_cache_that_this_account_may_not_read_is_not_taken_for_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To fetch the model again would not help."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    stat = Path.stat
+
+    def closed(path: Path, **how: bool) -> os.stat_result:
+        if path.name == "modules.json":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", closed)
+
+    with pytest.raises(ConfigError, match=r"can't be read \(Permission denied"):
         locate(Settings())
 
 
@@ -197,12 +217,13 @@ def test_a_half_fetched_model_is_not_taken_for_whole(
     (repository / "trees").mkdir()
     entry = {"size": 1, "blob_id": "0" * 40}
     files = {str(p.relative_to(snapshot)): entry for p in snapshot.rglob("*") if p.is_file()}
-    files["onnx/model.onnx"] = entry
+    files["onnx/config.json"] = entry
     listing = json.dumps({"format_version": 1, "files": files})
     (repository / "trees" / f"{snapshot.name}.json").write_text(listing)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     settings = Settings(embedding_model="some/model", embedding_revision=snapshot.name)
-    assert locate(settings).directory == snapshot
+    # Without the client, whose import takes seconds.
+    assert model._pinned_snapshot(settings) == snapshot
 
     (snapshot / missing).unlink()
 
@@ -284,6 +305,23 @@ def test_pickled_weights_are_refused_wherever_they_are(tmp_path: Path, minilm: P
         load_embedder(Settings(embedding_model=str(tmp_path / "pickled")))
 
 
+@pytest.mark.parametrize("safe", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_pickle_beside_safe_weights_is_no_reason_to_refuse_a_model(
+    tmp_path: Path, safe: str
+) -> None:
+    """Whole or in shards: it is not read."""
+    pickle = tmp_path / "1_Dense" / "pytorch_model-00001-of-00002.bin"
+    pickle.parent.mkdir()
+    for file in (tmp_path / "modules.json", pickle):
+        file.touch()
+    files = locate(Settings(embedding_model=str(tmp_path)))
+    assert files.pickled() == pickle
+
+    (pickle.parent / safe).touch()
+
+    assert files.pickled() is None
+
+
 @pytest.mark.parametrize("where", ["modules.json", "config.json"])
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path, minilm: Path, where: str) -> None:
     """Whatever file names it; a model of a hub is what a stranger has put there."""
@@ -333,20 +371,47 @@ def test_a_static_embedding_of_16_bits_is_computed_in_32(
     assert float(found[0] @ expected.astype(np.float32)) > 0.999
 
 
-def test_a_fetch_that_fails_is_a_configuration_error_whatever_it_raises(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A proxy that refuses is none of the hub's errors."""
+class ProxyError(Exception):
+    """None of the hub's errors."""
 
-    class ProxyError(Exception):
-        pass
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ProxyError("407 Proxy Authentication Required"), "ProxyError"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+    ],
+)
+def test_a_fetch_that_fails_is_a_configuration_error_whatever_it_raises(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    """With what the system says, but no message of the client, which may carry a token."""
 
     def refused(*_: object, **__: object) -> None:
-        raise ProxyError("407 Proxy Authentication Required")
+        raise error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
 
-    with pytest.raises(ConfigError, match=r"can't be fetched \(ProxyError\)"):
+    with pytest.raises(ConfigError, match=rf"can't be fetched \({reason}\)"):
+        fetch(Settings())
+
+
+def test_what_is_fetched_is_open_to_the_account_of_the_service(
+    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client closes its list of the files, without which importing it takes seconds."""
+    snapshot = tmp_path / "snapshots" / ("0" * 40)
+    shutil.copytree(minilm, snapshot)
+    listing = tmp_path / "trees" / f"{snapshot.name}.json"
+    listing.parent.mkdir()
+    listing.touch(0o600)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+
+    fetch(Settings())
+
+    assert listing.stat().st_mode & 0o777 == 0o644
+    (snapshot / "modules.json").unlink()
+    with pytest.raises(ConfigError, match=r"no modules\.json"):
         fetch(Settings())
 
 

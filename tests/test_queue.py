@@ -799,6 +799,19 @@ def test_an_event_that_is_parked_for_its_deaths_keeps_an_earlier_error(
     assert (attempts, parked, error) == (database.settings.max_attempts, True, "why")
 
 
+def test_no_latency_is_below_0(database: Database, queue: Queue) -> None:
+    """A clock may be set back, and to a scrape a sum that falls is another process's."""
+    database.insert("a")
+    database.rows("update listener.change set changed_at = now() + interval '1 h'")
+    before = counters.commit_to_vector.total
+    claim = claimed(queue)
+
+    store(queue, claim, queue.read(claim))
+
+    assert database.embedded()
+    assert counters.commit_to_vector.total == before
+
+
 def test_a_sweep_leaves_alone_what_waits_as_a_change(database: Database, queue: Queue) -> None:
     """It would count what is on its way already."""
     database.insert("a")

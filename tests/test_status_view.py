@@ -5,7 +5,7 @@ from __future__ import annotations
 from listener import queries
 from listener.database import read_clock
 from listener.status import count_pending_since, read_status
-from tests.harness import Database, role, serving
+from tests.harness import Database, role, serve_once, serving
 
 
 def test_the_view_tells_what_waits_by_lane_and_what_is_parked(database: Database) -> None:
@@ -105,6 +105,21 @@ def test_the_view_tells_what_is_embedded_and_who_lives(database: Database) -> No
 
     assert alive == [(2, False, 1, None)]
     assert database.rows(statement) == [(2, False, 0, None)]
+
+
+def test_an_estimate_of_what_is_embedded_is_never_below_what_was_counted(
+    database: Database,
+) -> None:
+    """Before the first analyze there is none."""
+    definition = database.value("select pg_get_viewdef('listener.status'::regclass)")
+    few = definition.replace("100001", "2").replace("100000", "1")
+    database.rows(f"create or replace view listener.status as {few}")
+    database.insert("a", "b", "c")
+    serve_once(database)
+
+    found = database.rows("select embedded, embedded_is_estimate from listener.status")
+
+    assert found == [(2, True)]
 
 
 def test_the_view_reads_neither_table_of_events_as_a_whole(database: Database) -> None:
