@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -157,8 +156,6 @@ def _pinned_snapshot(settings: Settings) -> Path | None:
     """
     from huggingface_hub import constants
 
-    if not re.fullmatch(r"[0-9a-f]{40}", settings.embedding_revision):
-        return None
     repository = "models--" + settings.embedding_model.replace("/", "--")
     found = Path(constants.HF_HUB_CACHE, repository, "snapshots", settings.embedding_revision)
     try:

@@ -55,7 +55,6 @@ where l.locktype = 'relation'
     to_regclass('listener.worker'),
     to_regclass('listener.applied')
   )
-  and l.pid is distinct from pg_backend_pid()
   and coalesce(clock_timestamp() - coalesce(p.prepared, a.xact_start) > interval '2 s', true)
 order by
   l.mode in ('AccessShareLock', 'RowShareLock'),

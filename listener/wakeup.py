@@ -131,7 +131,7 @@ class Wakeup:
             return True
         deadline = time.monotonic() + seconds
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
-            if self._selector.select(left) and not self._stop.is_set() and self._clear():
+            if self._selector.select(left) and self._clear():
                 return True
         return False
 

@@ -64,7 +64,7 @@ def mixed_texts(count: int) -> list[str]:
         "reading=0x1F",
         "antidisestablishmentarianism",
     ]
-    lengths = [chance.choice((3, 8, 15, 25, 60)) for _ in range(count - 4)] + [0, 250, 256, 700]
+    lengths = [chance.choice((3, 5, 8, 13, 40)) for _ in range(count - 4)] + [0, 250, 256, 700]
     return [chance.choice((" ", "  ", "\n")).join(chance.choices(words, k=n)) for n in lengths]
 
 
@@ -361,6 +361,7 @@ import ctypes
 import os
 import random
 from pathlib import Path
+from listener import engine_openvino
 from listener.config import Settings
 from listener.embedder import load_embedder
 
@@ -370,14 +371,17 @@ def resident():
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
+# So that few are many; not what the tests' own process has set.
+engine_openvino._SHAPES = 32
+os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
 embedder = load_embedder(Settings.from_environment(os.environ))
-shapes = [(texts, words) for texts in range(1, 17) for words in range(1, 41)]
+shapes = [(texts, words) for texts in range(1, 9) for words in range(1, 31)]
 random.Random(1).shuffle(shapes)
-embedder.encode(["pump " * 40] * 16)
+embedder.encode(["pump " * 30] * 8)
 print(resident())
 for number, (texts, words) in enumerate(shapes, 1):
     embedder.encode(["pump " * words] * texts)
-    if number % 80 == 0:
+    if number % 120 == 0:
         print(resident())
 """
 
@@ -385,7 +389,7 @@ for number, (texts, words) in enumerate(shapes, 1):
 def test_openvinos_memory_stops_growing_with_the_shapes_that_it_has_met(
     converted: Settings,
 ) -> None:
-    """Of 640 shapes, all of them new, the second half adds less than half of what the first did."""
+    """Of 240 shapes, all new, the second half adds less than a quarter of what the first did."""
     finished = subprocess.run(
         [sys.executable, "-c", _ENCODE_MANY_SHAPES],
         env=environment(replace(converted, engine="openvino")),
@@ -396,8 +400,8 @@ def test_openvinos_memory_stops_growing_with_the_shapes_that_it_has_met(
     )
 
     mebibytes = [float(line) for line in finished.stdout.splitlines()]
-    start, middle, end = mebibytes[::4]
-    assert end - middle < (middle - start) / 2, mebibytes
+    start, middle, end = mebibytes
+    assert end - middle < (middle - start) / 4, mebibytes
 
 
 # --- a lean start --------------------------------------------------------------------------------
