@@ -279,7 +279,7 @@ def is_outdated(conn: Connection, facts: Facts) -> bool:
     return any(
         Step(file, fill(sql_text(file), values)).digest != applied.get(file)
         for file in sql_files()
-        # The text's may be your own; roles may be another's to make.
+        # The text may be your own, roles another's to make; `verify` looks at the triggers.
         if file not in (_INPUT_FILE, _OWNER_FILE, _TRIGGERS_FILE, _WORKER_FILE)
     )
 

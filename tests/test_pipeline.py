@@ -80,6 +80,19 @@ def test_an_event_whose_worker_died_waits_until_the_model_is_through_with_others
     assert encoded == [1, 2]
 
 
+def test_a_drain_does_not_end_with_a_claim_of_which_all_is_parked(database: Database) -> None:
+    """As after MAX_ATTEMPTS was lowered; the suspect behind it is still due."""
+    spent, behind = suspect(database, "spent"), suspect(database, "behind")
+    database.rows("update listener.queue set lease = null, attempts = 5 where event_id = %s", spent)
+    database.rows("update listener.queue set due_at = now() where event_id = %s", behind)
+
+    with draining(database, TinyEmbedder()) as drain:
+        drain(lambda: None)
+
+    assert [row[0] for row in database.queue() if row[5]] == [spent]
+    assert set(database.embedded()) == {behind}
+
+
 def test_what_waits_for_the_model_keeps_its_lease(database: Database) -> None:
     """Else a peer would take it, and it would be encoded twice."""
     database.insert(*(f"of eight words as it so happens, {n}" for n in range(6)))
