@@ -40,8 +40,8 @@ def minilm() -> Path:
     return Path(get_model_path())
 
 
-def gte_shape(folder: Path) -> Path:
-    """12 layers, fp16 files, random weights: what gte-small costs, not what it knows."""
+def gte_shape(folder: Path, layers: int = 12) -> Path:
+    """fp16 files, random weights: with 12 layers what gte-small costs, not what it knows."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -53,7 +53,7 @@ def gte_shape(folder: Path) -> Path:
     say("building a model of gte-small's shape")
     torch.manual_seed(1)
     config = BertConfig(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536
+        hidden_size=384, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=1536
     )
     BertModel(config).half().save_pretrained(bare)  # type: ignore[no-untyped-call]
     AutoTokenizer.from_pretrained(minilm(), model_max_length=512).save_pretrained(bare)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.models import gte_shape
 from listener import engine_openvino
 from listener.config import Settings
 from listener.convert import convert
@@ -23,6 +24,13 @@ from listener.errors import ConfigError
 from listener.model import locate
 from tests.harness import Spawn, empty_folder, environment, listener
 from tests.test_engines import chosen
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of a model that is soon converted, and isn't yet."""
+    return Settings(embedding_model=str(gte_shape(tmp_path_factory.mktemp("models"), layers=1)))
+
 
 # --- conversion ----------------------------------------------------------------------------------
 
@@ -68,10 +76,10 @@ def test_a_conversion_is_open_to_the_services_account_but_for_what_links_lead_to
 
 
 def test_two_conversions_at_once_both_leave_the_model(
-    converted: Settings, tmp_path: Path, spawn: Spawn
+    one_layer: Settings, tmp_path: Path, spawn: Spawn
 ) -> None:
     """Neither takes the other's files away."""
-    settings = replace(converted, model_cache=tmp_path / "cache")
+    settings = replace(one_layer, model_cache=tmp_path / "cache")
     former = os.umask(0o077)
     conversions = [spawn(settings, "model", "convert") for _ in range(2)]
     os.umask(former)
@@ -103,13 +111,13 @@ def test_a_model_is_found_in_the_cache_that_the_env_file_names(
 
 
 def test_a_conversion_whose_vectors_differ_leaves_nothing(
-    converted: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_layer: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The proof at its end is no formality."""
     monkeypatch.setattr(engine_openvino, "EXACT", 1.1)
 
     with pytest.raises(ConfigError, match="differs from that of torch"):
-        convert(replace(converted, model_cache=tmp_path))
+        convert(replace(one_layer, model_cache=tmp_path))
 
     assert list((tmp_path / "openvino").iterdir()) == []
 
@@ -168,9 +176,9 @@ def test_a_cache_that_cannot_be_written_is_a_configuration_error(
         convert(replace(converted, model_cache=tmp_path / "file"))
 
 
-def test_a_full_disk_is_a_configuration_error(minilm: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_a_configuration_error(one_layer: Settings, tmp_path: Path) -> None:
     """No bug; and no half of a model stays. A limit on the size of a file is as good as full."""
-    settings = Settings(embedding_model=str(minilm), model_cache=tmp_path)
+    settings = replace(one_layer, model_cache=tmp_path)
     limited = ["sh", "-c", 'ulimit -f 2048 && exec "$@"', "sh", sys.executable, "-m", "listener"]
 
     finished = subprocess.run(
