@@ -20,9 +20,12 @@ import pytest
 
 from bench import models
 from bench.devices import read_events
+from listener.alone import alone
 from listener.config import GTE_SMALL_REVISION, Settings
 from listener.database import connect
 from listener.embedded import Server, binaries
+from listener.errors import ConfigError
+from listener.model import locate
 from tests.harness import Command, Database, Spawn, environment, free_port, install_demo
 from tests.own_server import MakeServer
 
@@ -220,12 +223,18 @@ def gte_small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Settings:
     """Settings of the real weights, converted for OpenVINO; once for all processes of a run."""
-    from listener.convert import convert
+    from listener.engine_openvino import is_ready
 
     folder = tmp_path_factory.getbasetemp()
     run = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     settings = Settings(embedding_model=str(minilm), model_cache=run / "model-cache")
-    convert(settings)
+    with alone(run / "conversion", lambda error: ConfigError(str(error)), waits=True):
+        # To convert it again would prove it again.
+        if not is_ready(locate(settings), settings):
+            # Imports torch.
+            from listener.convert import convert
+
+            convert(settings)
     return settings
 
 
