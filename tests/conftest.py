@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,15 @@ from listener.database import connect
 from listener.embedded import Server, binaries
 from listener.errors import ConfigError
 from listener.model import locate
-from tests.harness import Command, Database, Spawn, environment, free_port, install_demo
+from tests.harness import (
+    Command,
+    Database,
+    NewDatabase,
+    Spawn,
+    environment,
+    free_port,
+    install_demo,
+)
 from tests.own_server import MakeServer
 
 # A shell starts what it runs in the background with SIGINT ignored, and so would be what we start.
@@ -113,7 +121,7 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture
-def new_database(server: Server) -> Callable[..., AbstractContextManager[str]]:
+def new_database(server: Server) -> NewDatabase:
     """Make a database that goes when its block ends; empty unless a template is named."""
 
     @contextmanager
@@ -127,9 +135,7 @@ def new_database(server: Server) -> Callable[..., AbstractContextManager[str]]:
 
 
 @pytest.fixture
-def database(
-    new_database: Callable[..., AbstractContextManager[str]], template: str, tmp_path: Path
-) -> Iterator[Database]:
+def database(new_database: NewDatabase, template: str, tmp_path: Path) -> Iterator[Database]:
     """An installed, empty database; a long poll, so that a lost wake-up shows."""
     with new_database(template) as url:
         settings = Settings(

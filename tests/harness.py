@@ -15,11 +15,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psycopg
@@ -166,6 +166,21 @@ def store(queue: Queue, claim: Claim, events: Sequence[Event]) -> list[EventId]:
     return list(queue.write(claim.lease, events, vectors, TinyEmbedder.fingerprint))
 
 
+class Queued(NamedTuple):
+    """An event in the queue; by default as one that nobody has tried yet."""
+
+    event_id: int
+    # 0 while its change is not taken yet.
+    version: int = 1
+    lane: int = 0
+    attempts: int = 0
+    # It has a lease, which may be over.
+    is_claimed: bool = False
+    is_parked: bool = False
+    # A text or None.
+    error: Any = None
+
+
 @dataclass
 class Database:
     """An installed database of its own for one test, and what devices do to it.
@@ -193,6 +208,14 @@ class Database:
         ).fetchall()
         return [event_id for (event_id,) in rows]
 
+    def insert_as(self, event_id: int, message: str, conn: Connection | None = None) -> None:
+        """Insert an event under an id that was deleted; in another session, if one is given."""
+        (conn or self.conn).execute(
+            "insert into public.iot_events (id, device_id, event_type, severity, message) "
+            "overriding system value values (%s, 'pump-1', 'status', 'info', %s)",
+            [event_id, message],
+        )
+
     def rows(self, statement: str, *parameters: Any) -> list[Any]:
         """Execute and fetch all; empty if there is nothing to fetch, also for rows of no column."""
         cursor = self.conn.execute(statement.encode(), parameters or None)
@@ -207,18 +230,20 @@ class Database:
         rows = self.rows("select event_id, embedding from public.event_embeddings")
         return {event_id: vector.to_numpy() for event_id, vector in rows}
 
-    def queue(self) -> list[Any]:
-        """(event_id, version, lane, attempts, has_lease, parked, error) of each queued event.
-
-        One whose change was not taken yet counts as queued, with version 0.
-        """
-        return self.rows(
+    def queue(self) -> list[Queued]:
+        """Each event that is queued, in order of id, also one whose change was not taken yet."""
+        rows = self.rows(
             "select event_id, version, lane, attempts, lease is not null, due_at = 'infinity', "
             "error from listener.queue q "
             "where not exists (select from listener.change c where c.event_id = q.event_id) "
             "union all select distinct event_id, 0, 0, 0, false, false, null from listener.change "
             "order by event_id"
         )
+        return [Queued(*row) for row in rows]
+
+    def parked(self) -> list[int]:
+        """The ids of the events that are parked."""
+        return [row.event_id for row in self.queue() if row.is_parked]
 
     def park(self, *event_ids: int) -> None:
         """As if they had failed for the last time, with the reason 'why'."""
@@ -414,8 +439,9 @@ class Command:
         return sum(int(count) for count in re.findall(r"encoded=(\d+)", self.output()))
 
 
-# What the fixture `spawn` gives.
+# What the fixtures `spawn` and `new_database` give.
 Spawn = Callable[..., Command]
+NewDatabase = Callable[..., AbstractContextManager[str]]
 
 
 def environment(settings: Settings, **variables: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import pytest
 from listener import service
 from listener.embedded import Server
 from listener.metrics import make_registry
-from tests.harness import Database, TinyEmbedder, is_asleep, serving, wait_until
+from tests.harness import Database, is_asleep, serving, wait_until
 from tests.pooler import needs_pgbouncer, pooled
 
 pytestmark = needs_pgbouncer
@@ -27,7 +27,7 @@ def test_behind_a_transaction_pooler_events_are_found_by_polling(
     behind_pooler: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The NOTIFY that doesn't come back is noticed, said once, and lived without."""
-    with serving(behind_pooler, TinyEmbedder()), serving(behind_pooler, TinyEmbedder()):
+    with serving(behind_pooler), serving(behind_pooler):
         for number in range(200):
             behind_pooler.insert(f"event {number}")
         behind_pooler.wait_for_rest()

@@ -11,8 +11,8 @@ from listener import install
 from listener.catalogue import read_facts
 from listener.database import connect
 from listener.embedded import Server
-from tests.harness import Database, serving
-from tests.test_install import NewDatabase, install_in
+from tests.harness import Database, NewDatabase, serving
+from tests.test_install import install_in
 from tests.test_least_privilege import GRANTS
 
 # What hosters tell their users to restore with.
@@ -59,5 +59,5 @@ def test_a_restored_dump_goes_on_where_it_stood(
 
             assert again.steps == ()
             assert len(copy.embedded()) == 4
-            assert [row[0] for row in copy.queue() if row[5]] == [parked]
+            assert copy.parked() == [parked]
             assert sorted(copy.rows(GRANTS)) == rights

@@ -15,6 +15,7 @@ from listener.queue import Queue
 from listener.sweep import Sweep
 from tests.harness import (
     Database,
+    Queued,
     RunningService,
     TinyEmbedder,
     claimed,
@@ -104,12 +105,12 @@ def test_an_event_that_it_fails_on_is_parked_and_its_mates_are_stored(
     with serving(database):
         wait_until(lambda: len(database.embedded()) == 4)
         database.rows("update public.iot_events set message = 'bad' where id = %s", edited)
-        wait_until(lambda: sum(row[5] for row in database.queue()) == 2)
+        wait_until(lambda: len(database.parked()) == 2)
         database.wait_for_rest()
         assert database.value("select last_value from listener.worker_token") == 1
 
-    assert {row[0] for row in database.queue()} == {bad, edited}
-    assert all(row[6].startswith(f"embedding_input: {name}") for row in database.queue())
+    assert {row.event_id for row in database.queue()} == {bad, edited}
+    assert all(row.error.startswith(f"embedding_input: {name}") for row in database.queue())
     # Of the text before, until the event can be embedded again.
     assert set(database.embedded()) == {first, *more, edited}
 
@@ -125,12 +126,12 @@ def test_an_update_on_which_it_fails_is_queued_whatever_the_writers_session_take
 
     database.rows("update public.iot_events set message = 'bad'")
 
-    assert [row[0] for row in database.queue()] == [event_id]
+    assert [row.event_id for row in database.queue()] == [event_id]
 
 
 def test_a_right_that_is_missing_is_no_events_fault(database: Database, queue: Queue) -> None:
     """Nor is anything else of which the statement fails without an event as well."""
-    database.insert("a", "b")
+    ids = database.insert("a", "b")
     claim = claimed(queue)
     events = queue.read(claim)
     database.rows("revoke insert on listener.embedding from listener_worker")
@@ -138,7 +139,7 @@ def test_a_right_that_is_missing_is_no_events_fault(database: Database, queue: Q
     with pytest.raises(SchemaError, match="a right is missing"):
         store(queue, claim, events)
 
-    assert {row[3:] for row in database.queue()} == {(1, True, False, None)}
+    assert database.queue() == [Queued(event_id, attempts=1, is_claimed=True) for event_id in ids]
 
 
 def test_one_that_calls_what_it_does_not_find_ends_the_service_and_parks_nothing(
@@ -165,7 +166,7 @@ def test_a_server_that_takes_no_vector_is_no_events_fault(
     database: Database, queue: Queue, condition: str
 ) -> None:
     """Though to write nothing works; the same error where events are read may be one event's."""
-    database.insert("a", "b")
+    ids = database.insert("a", "b")
     claim = claimed(queue)
     events = queue.read(claim)
     refuse_writes(database, condition)
@@ -173,7 +174,7 @@ def test_a_server_that_takes_no_vector_is_no_events_fault(
     with pytest.raises(ConnectionLost, match=condition):
         store(queue, claim, events)
 
-    assert {row[3:] for row in database.queue()} == {(1, True, False, None)}
+    assert database.queue() == [Queued(event_id, attempts=1, is_claimed=True) for event_id in ids]
 
 
 def test_a_column_that_gets_another_type_fails_no_event(database: Database) -> None:
@@ -224,7 +225,7 @@ def test_an_extension_that_goes_parks_nothing(database: Database) -> None:
     with pytest.raises(SchemaError, match="listener install"), serving(database) as service:
         drop_the_extension(service)
 
-    assert [row[5:] for row in database.queue()] == [(False, None)]
+    assert [(row.is_parked, row.error) for row in database.queue()] == [(False, None)]
 
 
 def test_an_event_that_it_takes_too_long_on_is_parked_and_its_mates_are_stored(
@@ -238,9 +239,9 @@ def test_an_event_that_it_takes_too_long_on_is_parked_and_its_mates_are_stored(
     store(queue, claim, queue.read(claim))
 
     assert set(database.embedded()) == set(good)
-    ((event_id, _, _, attempts, _, _, error),) = database.queue()
-    assert (event_id, attempts) == (bad, 1)
-    assert "QueryCanceled" in error
+    (row,) = database.queue()
+    assert (row.event_id, row.attempts) == (bad, 1)
+    assert "QueryCanceled" in row.error
 
 
 def test_events_that_together_take_too_long_are_written_in_parts(
@@ -261,10 +262,11 @@ def test_an_event_whose_text_is_another_each_time_is_parked(database: Database) 
 
     bad, good = database.insert("bad", "good")
     with serving(database):
-        wait_until(lambda: any(row[5] for row in database.queue()))
+        wait_until(database.parked)
 
-    assert [(row[0], row[3], row[5]) for row in database.queue()] == [(bad, 2, True)]
-    assert "reads differently" in database.queue()[0][6]
+    (row,) = database.queue()
+    assert (row.event_id, row.attempts, row.is_parked) == (bad, 2, True)
+    assert "reads differently" in row.error
     assert set(database.embedded()) == {good}
 
 
@@ -305,7 +307,7 @@ def test_behind_a_pooler_what_takes_too_long_fails_no_event(
 ) -> None:
     """Without limits of the service's own, it may have waited for a lock."""
     queue = Queue(service_session, database.settings, worker=None)
-    database.insert("an event")
+    (event_id,) = database.insert("an event")
     claim = claimed(queue)
     events = queue.read(claim)
     service_session.execute("set statement_timeout = '100ms'")
@@ -315,7 +317,7 @@ def test_behind_a_pooler_what_takes_too_long_fails_no_event(
         with pytest.raises(StatementTimeout):
             store(queue, claim, events)
 
-    assert [row[3:] for row in database.queue()] == [(1, True, False, None)]
+    assert database.queue() == [Queued(event_id, attempts=1, is_claimed=True)]
 
 
 @pytest.mark.usefixtures("quick_reconnects")
@@ -328,7 +330,7 @@ def test_an_event_over_which_the_connection_is_lost_is_parked_and_its_mates_are_
 
     with serving(database.with_settings(backfill_last_n=0, max_attempts=3)):
         mates += database.insert("c")
-        wait_until(lambda: [row[0] for row in database.queue() if row[5]] == [bad])
+        wait_until(lambda: database.parked() == [bad])
         wait_until(lambda: database.embedded().keys() == set(mates))
 
 
@@ -346,7 +348,7 @@ def test_an_event_that_loses_the_connection_of_a_service_that_had_nothing_to_do_
         wait_until(database.embedded)
         (bad,) = database.insert("bad")
 
-        wait_until(lambda: [row[0] for row in database.queue() if row[5]] == [bad])
+        wait_until(lambda: database.parked() == [bad])
 
 
 @pytest.mark.usefixtures("quick_reconnects")
@@ -361,8 +363,8 @@ def test_an_event_that_is_in_hand_while_the_connection_is_lost_over_another_is_n
     with serving(database, embedder):
         wait_until(lambda: is_asleep(database))
         beside, bad = database.insert("beside", "bad")
-        wait_until(lambda: [row[0] for row in database.queue() if row[5]] == [bad])
-        attempts = [row[3] for row in database.queue() if row[0] == beside]
+        wait_until(lambda: database.parked() == [bad])
+        attempts = [row.attempts for row in database.queue() if row.event_id == beside]
         embedder.may_run.set()
         wait_until(lambda: beside in database.embedded())
 
@@ -381,7 +383,7 @@ def test_a_sweep_gets_past_an_event_that_loses_the_connection_or_takes_too_long(
     replace_input(database, on_bad)
 
     with serving(database.with_settings(max_attempts=3)):
-        wait_until(lambda: [row[0] for row in database.queue() if row[5]] == [bad])
+        wait_until(lambda: database.parked() == [bad])
         wait_until(lambda: content_hash(database, older) == Event(older, 1, "older").content_hash)
 
 
@@ -406,7 +408,7 @@ def test_a_sweep_asks_for_no_text_of_an_event_that_waits_or_has_no_embedding(
     page = queue.sweep(MODEL, None, 10)
 
     assert (page.scanned, page.queued) == (2, 1)
-    assert [row[0] for row in database.queue() if not row[5]] == [new]
+    assert [row.event_id for row in database.queue() if not row.is_parked] == [new]
     assert database.rows("select * from listener.coverage(%s, 10)", MODEL) == [(2, 0)]
 
 
@@ -555,7 +557,7 @@ def test_a_sweep_that_is_given_up_drops_parked_events_that_were_deleted_all_the_
         wait_until(lambda: any(r.msg == "sweep_given_up" for r in caplog.records))
         database.rows("delete from public.iot_events where id = %s", deleted)
 
-        wait_until(lambda: [row[0] for row in database.queue()] == [kept])
+        wait_until(lambda: [row.event_id for row in database.queue()] == [kept])
 
 
 def test_a_page_of_a_sweep_asks_for_no_text_beyond_its_end(
@@ -568,7 +570,7 @@ def test_a_page_of_a_sweep_asks_for_no_text_beyond_its_end(
 
     Queue(service_session, database.settings, None).sweep(MODEL, None, 1)
 
-    assert [row[0] for row in database.queue()] == [newer]
+    assert [row.event_id for row in database.queue()] == [newer]
 
 
 def test_the_sweep_after_one_that_was_given_up_begins_with_the_newest(
@@ -626,7 +628,7 @@ def test_check_passes_where_it_fails_on_the_next_event(static: Database) -> None
     finished = listener(static.settings, "check")
 
     assert "FAIL" not in finished.stdout
-    assert [row[1] for row in static.queue()] == [0]
+    assert [row.version for row in static.queue()] == [0]
 
 
 def test_one_that_is_not_declared_stable_reads_no_more_events(

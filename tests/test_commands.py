@@ -11,8 +11,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -37,6 +35,7 @@ from listener.service import Service
 from listener.stop import Stop
 from tests.harness import (
     Database,
+    NewDatabase,
     Spawn,
     TinyEmbedder,
     claimed,
@@ -50,6 +49,7 @@ from tests.harness import (
 )
 from tests.misbehaviour import change_sweep
 from tests.own_server import MakeServer, installed
+from tests.test_docs import ROOT
 from tests.test_install import install_in, with_events
 
 
@@ -372,7 +372,7 @@ def test_a_backfill_gets_by_with_a_short_statement_timeout(static: Database) -> 
     finished = listener(static.settings, "backfill", "--all", PGOPTIONS=limit)
 
     assert "looked at 5, queued 5" in finished.stderr
-    assert [row[0] for row in static.queue()] == ids
+    assert [row.event_id for row in static.queue()] == ids
 
 
 def test_a_backfill_ends_where_even_a_page_of_one_event_takes_too_long(database: Database) -> None:
@@ -481,7 +481,7 @@ def test_a_backfill_whose_worker_fails_fails(static: Database, tmp_path: Path) -
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "torch.py").write_text("raise OSError('libcublas.so: cannot open')")
     static.insert("a")
-    path = os.pathsep.join([str(tmp_path / "broken"), str(Path(__file__).parents[1])])
+    path = os.pathsep.join([str(tmp_path / "broken"), str(ROOT)])
 
     finished = listener(
         static.settings, "backfill", "--all", "--work", check=False, ENGINE="torch", PYTHONPATH=path
@@ -512,7 +512,7 @@ def test_a_backfill_whose_process_must_end_leaves_a_report(
     (tmp_path / "sitecustomize.py").write_text(_LOSE_THE_ENCODER)
     static.insert("a")
     static.forget_queue()
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
 
     finished = listener(
         static.settings, "backfill", "--all", "--work", check=False, PYTHONPATH=path
@@ -577,7 +577,7 @@ def test_backfill_since_looks_at_no_older_events(static: Database) -> None:
 
     listener(static.settings, "backfill", "--all", "--since", "2024-01-01")
 
-    assert [row[0] for row in static.queue()] == [2]
+    assert [row.event_id for row in static.queue()] == [2]
 
 
 def test_since_by_a_created_at_that_the_install_did_not_see_is_refused(static: Database) -> None:
@@ -617,7 +617,7 @@ def test_what_is_meant_must_be_said_and_said_once(
 
     assert finished.returncode == 2
     assert says in finished.stderr
-    assert [row[5] for row in database.queue()] == [True, True]
+    assert [row.is_parked for row in database.queue()] == [True, True]
 
 
 def test_backfill_last_0_sweeps_nothing(static: Database) -> None:
@@ -664,12 +664,10 @@ def test_retry_takes_ids_or_all_and_names_what_is_not_parked(database: Database)
 
     assert (one.returncode, rest.returncode) == (2, 0)
     assert "not parked: 77" in one.stderr
-    assert not any(row[5] for row in database.queue())
+    assert not database.parked()
 
 
-def test_retry_takes_an_id_however_it_is_written(
-    new_database: Callable[..., AbstractContextManager[str]], tmp_path: Path
-) -> None:
+def test_retry_takes_an_id_however_it_is_written(new_database: NewDatabase, tmp_path: Path) -> None:
     """As `show` does, which finds what it names."""
     event_id = "a702cdb6-0000-4000-8000-00000000000f"
     with new_database() as url, with_events(url, "id uuid primary key, t text") as database:

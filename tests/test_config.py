@@ -14,8 +14,7 @@ from listener import config
 from listener.config import Settings, load_settings
 from listener.errors import ConfigError
 from tests.harness import listener
-
-_MAKEFILE = Path(__file__).parents[1] / "Makefile"
+from tests.test_docs import ROOT
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
@@ -147,7 +146,7 @@ def test_make_run_is_the_service_where_a_database_is_named_and_the_demo_elsewher
     program.chmod(0o755)
 
     made = subprocess.run(
-        ["make", "-s", "-f", _MAKEFILE, "run", f"VENV={tmp_path}", f"BIN={tmp_path}"],
+        ["make", "-s", "-f", ROOT / "Makefile", "run", f"VENV={tmp_path}", f"BIN={tmp_path}"],
         cwd=tmp_path,
         env={"PATH": os.environ["PATH"], **variables},
         capture_output=True,

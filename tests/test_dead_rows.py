@@ -126,7 +126,7 @@ def test_a_writer_in_flight_is_neither_waited_for_nor_lost(
 
         assert sizes(database)[0] == 0
         assert sizes(database)[1] > 0
-    assert [row[1] for row in database.queue()] == [0]
+    assert [row.version for row in database.queue()] == [0]
 
 
 def test_long_tables_are_left_alone(database: Database, service: Connection) -> None:
@@ -163,7 +163,7 @@ def test_who_reads_the_queue_is_not_waited_for(database: Database, service: Conn
 
         compact(service)
 
-    assert [row[1] for row in database.queue()] == [0]
+    assert [row.version for row in database.queue()] == [0]
 
 
 def test_without_a_right_to_see_who_is_connected_nothing_is_emptied_and_nothing_fails(
@@ -196,7 +196,7 @@ def test_a_change_that_an_older_snapshot_does_not_show_is_kept(
     compact(service)
     service.commit()
 
-    assert [row[1] for row in database.queue()] == [0]
+    assert [row.version for row in database.queue()] == [0]
 
 
 def test_nothing_is_emptied_while_a_dump_may_not_have_its_locks_yet(

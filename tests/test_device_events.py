@@ -42,7 +42,7 @@ def test_neighbours_of_a_device_event_are_of_its_kind(
         model_cache=converted.model_cache,
     )
 
-    listener(settings, "run", "--once", check=True)
+    listener(settings, "run", "--once")
 
     precision, chance = precision_at_10(database, events)
     assert precision > 3 * chance

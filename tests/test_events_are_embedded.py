@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.harness import Database, TinyEmbedder, is_asleep, serving, vector_of, wait_until
+from tests.harness import Database, is_asleep, serving, vector_of, wait_until
 from tests.test_install import install_in
 
 PREFIX = "event_type: status\nseverity: info\nmessage: "
@@ -86,14 +86,13 @@ def test_an_event_deleted_before_its_turn_leaves_the_queue(database: Database) -
 
 def test_identical_texts_are_encoded_once(database: Database) -> None:
     """In a batch and across batches."""
-    embedder = TinyEmbedder()
-    with serving(database, embedder):
+    with serving(database) as service:
         database.insert(*["door shut"] * 50)
         database.wait_for_rest()
         database.insert("door shut", "door open")
         database.wait_for_rest()
 
-    assert sorted(embedder.encoded) == [PREFIX + "door open", PREFIX + "door shut"]
+    assert sorted(service.embedder.encoded) == [PREFIX + "door open", PREFIX + "door shut"]
     assert len(database.embedded()) == 52
 
 

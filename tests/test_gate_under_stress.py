@@ -10,7 +10,7 @@ import pytest
 
 from listener.database import Connection
 from listener.wakeup import Wakeup
-from tests.harness import Database, TinyEmbedder, serving
+from tests.harness import Database, serving
 
 EVENTS = 100_000
 WRITERS = 4
@@ -92,7 +92,7 @@ def test_every_insert_at_a_random_phase_is_embedded_long_before_the_poll(
         return wakes[-1]
 
     monkeypatch.setattr(Wakeup, "sleep", counted)
-    with serving(database.with_settings(poll_seconds=120.0, backfill_last_n=0), TinyEmbedder()):
+    with serving(database.with_settings(poll_seconds=120.0, backfill_last_n=0)):
         insert_in_rounds(database, EVENTS)
 
     (embedded, worst), *_ = database.rows(

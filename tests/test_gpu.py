@@ -93,9 +93,9 @@ def test_a_text_that_breaks_the_gpu_is_parked_and_its_mates_are_stored(
     assert "the GPU failed (CUDA error" in runs[0].stderr
     assert "Traceback" not in runs[0].stderr
     assert set(database.embedded()) == set(ids) - {ids[20]}
-    ((event_id, *_, is_parked, error),) = database.queue()
-    assert (event_id, is_parked) == (ids[20], True)
-    assert "its worker died" in error
+    (row,) = database.queue()
+    assert (row.event_id, row.is_parked) == (ids[20], True)
+    assert "its worker died" in row.error
 
 
 def test_a_gpu_whose_memory_another_holds_ends_the_service_to_be_started_again(

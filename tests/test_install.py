@@ -6,8 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from listener.template import Step, sql_text
 from listener.vectors import register_vector
 from tests.harness import (
     Database,
+    NewDatabase,
     TinyEmbedder,
     empty_folder,
     environment,
@@ -35,8 +36,7 @@ from tests.harness import (
     serve_once,
     serving,
 )
-
-NewDatabase = Callable[..., AbstractContextManager[str]]
+from tests.test_docs import README
 
 
 def install_in(conn: Connection, columns: list[str] | None = None) -> install.Plan:
@@ -991,11 +991,7 @@ def test_another_table_of_the_name_is_taken_over_by_an_install(
     for statement in swap:
         static.rows(statement)
     static.rows("alter table public.iot_events alter id restart with 100")
-    static.rows(
-        "insert into public.iot_events (id, device_id, event_type, severity, message) "
-        "overriding system value values (%s, 'pump-1', 'status', 'info', 'first')",
-        first,
-    )
+    static.insert_as(first, "first")
     with pytest.raises(SchemaError, match="listener install"):
         install.verify(static.conn)
 
@@ -1048,7 +1044,7 @@ def test_a_table_that_had_the_name_keeps_no_trigger(new_database: NewDatabase) -
         database.rows("alter table public.iot_events_old rename id to number")
         database.rows("insert into public.iot_events_old values (1, 'a')")
         database.rows("insert into public.iot_events values (2, 'b')")
-        assert [row[0] for row in database.queue()] == [2]
+        assert [row.event_id for row in database.queue()] == [2]
 
 
 def test_a_foreign_key_that_does_not_cascade_is_put_right_by_install(database: Database) -> None:
@@ -1103,8 +1099,7 @@ def test_an_id_of_another_type_is_refused_with_the_remedy(database: Database) ->
 
 def test_the_type_of_id_can_be_changed_and_the_embeddings_stay(new_database: NewDatabase) -> None:
     """An integer runs out: uninstall, alter both tables, install."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (alter,) = re.findall(r"```sql\n(begin;.*?commit;)\n```", readme, re.DOTALL)
+    (alter,) = re.findall(r"```sql\n(begin;.*?commit;)\n```", README, re.DOTALL)
     with new_database() as url, with_events(url, "id integer primary key, message text") as events:
         install_in(events.conn)
         events.rows("insert into public.iot_events values (1, 'old')")
@@ -1128,7 +1123,7 @@ def test_rows_written_as_a_replica_are_queued(database: Database) -> None:
 
     ids = database.insert("a")
 
-    assert [row[0] for row in database.queue()] == ids
+    assert [row.event_id for row in database.queue()] == ids
 
 
 def test_the_command_reports_and_a_dry_run_only_prints(

@@ -7,8 +7,8 @@ import pytest
 from listener import install
 from listener.catalogue import read_facts
 from listener.errors import SchemaError
-from tests.harness import Database, TinyEmbedder, listener, serve_once, serving
-from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
+from tests.harness import Database, NewDatabase, TinyEmbedder, listener, serve_once, serving
+from tests.test_install import install_in, uninstall_in, with_events
 
 _TEXT = "select listener.embedding_input(t) from public.iot_events t"
 _WITH_STANDARD_BODY = """

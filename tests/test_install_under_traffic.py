@@ -20,6 +20,7 @@ from listener.config import Settings
 from listener.counters import counters
 from tests.harness import (
     Database,
+    NewDatabase,
     Spawn,
     is_waited_for,
     role,
@@ -28,7 +29,7 @@ from tests.harness import (
     vector_of,
     wait_until,
 )
-from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
+from tests.test_install import install_in, uninstall_in, with_events
 from tests.test_writers_are_safe import insert
 
 # The time-out of one attempt, and room for a slow machine.
@@ -105,7 +106,7 @@ def test_an_install_under_traffic_fails_no_writer_and_misses_no_event(
             install_in(database.conn)
             before = set(devices.ids)
             devices.wait_for_more()
-        assert set(devices.ids) - before <= {row[0] for row in database.queue()}
+        assert set(devices.ids) - before <= {row.event_id for row in database.queue()}
 
         with serving(database):
             wait_until(lambda: set(database.embedded()) == set(devices.ids))

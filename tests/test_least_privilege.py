@@ -22,6 +22,7 @@ from listener.upkeep import delete_orphans
 from tests.harness import (
     SERVICE_ROLE,
     Database,
+    NewDatabase,
     RunningService,
     is_asleep,
     listener,
@@ -33,7 +34,7 @@ from tests.harness import (
 from tests.own_server import MakeServer
 from tests.statements import PARAMETERS, STATEMENTS
 from tests.test_docs import ARCHITECTURE, table
-from tests.test_install import NewDatabase, install_in, uninstall_in, with_events
+from tests.test_install import install_in, uninstall_in, with_events
 
 # Every right on an object of ours, but for those of its owner.
 GRANTS = """

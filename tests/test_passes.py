@@ -129,7 +129,7 @@ def test_a_new_event_passes_the_rest_of_a_claimed_backfill(
     )
     embedder.may_run.clear()
     with serving(database.with_settings(backfill_last_n=0), embedder):
-        wait_until(lambda: sum(row[4] for row in database.queue()) == 40)
+        wait_until(lambda: sum(row.is_claimed for row in database.queue()) == 40)
         database.insert("new")
         embedder.may_run.set()
         database.wait_for_rest()

@@ -60,7 +60,7 @@ def test_nothing_is_claimed_beside_an_event_whose_worker_died(database: Database
     attempts = []
 
     with draining(database, TinyEmbedder()) as drain:
-        drain(lambda: attempts.append([row[3] for row in database.queue()]))
+        drain(lambda: attempts.append([row.attempts for row in database.queue()]))
 
     assert attempts == [[0], []]
 
@@ -89,7 +89,7 @@ def test_a_drain_does_not_end_with_a_claim_of_which_all_is_parked(database: Data
     with draining(database, TinyEmbedder()) as drain:
         drain(lambda: None)
 
-    assert [row[0] for row in database.queue() if row[5]] == [spent]
+    assert database.parked() == [spent]
     assert set(database.embedded()) == {behind}
 
 
@@ -123,7 +123,7 @@ def test_leases_hold_while_it_is_found_out_which_event_takes_too_long(
     before = counters.lease_expiries
 
     with serving(database), serving(database):
-        wait_until(lambda: [row[0] for row in database.queue() if row[5]] == [bad], 60)
+        wait_until(lambda: database.parked() == [bad], 60)
         wait_until(lambda: database.embedded().keys() == set(mates))
 
     assert counters.lease_expiries == before
@@ -208,7 +208,7 @@ def test_what_a_hung_model_has_not_begun_is_given_back(database: Database) -> No
     with draining(database, embedder) as drain, pytest.raises(EncoderLost):
         drain(lambda: None)
 
-    assert [(row[0], row[3], row[4]) for row in database.queue()] == [
+    assert [(row.event_id, row.attempts, row.is_claimed) for row in database.queue()] == [
         (*first, 1, True),
         (*second, 0, False),
     ]

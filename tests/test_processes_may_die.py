@@ -155,9 +155,9 @@ def test_a_text_that_kills_or_hangs_the_process_is_parked_and_its_mates_are_stor
 
     assert deaths() >= 3
     assert set(database.embedded()) == set(ids) - {ids[20]}
-    ((event_id, *_, is_parked, error),) = database.queue()
-    assert (event_id, is_parked) == (ids[20], True)
-    assert "its worker died or lost its lease" in error
+    (row,) = database.queue()
+    assert (row.event_id, row.is_parked) == (ids[20], True)
+    assert "its worker died or lost its lease" in row.error
     assert "parked" in listener(database.settings, "status").stdout
     database.rows("update public.iot_events set message = 'harmless' where id = %s", ids[20])
     wait_until(lambda: len(database.embedded()) == 40)
@@ -174,7 +174,7 @@ def test_a_text_that_kills_each_process_while_it_is_read_is_parked(
 
     wait_until(lambda: deaths() >= 0 and database.is_at_rest(), 60)
 
-    assert [(row[0], row[5]) for row in database.queue()] == [(bad, True)]
+    assert [(row.event_id, row.is_parked) for row in database.queue()] == [(bad, True)]
     assert set(database.embedded()) == {good}
 
 

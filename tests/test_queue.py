@@ -20,6 +20,7 @@ from listener.upkeep import delete_orphans, retry
 from listener.worker import LOCK_CLASS
 from tests.harness import (
     Database,
+    Queued,
     TinyEmbedder,
     claimed,
     is_asleep,
@@ -106,7 +107,7 @@ def test_a_vector_of_an_older_version_is_refused_even_under_its_own_lease(
 
     assert not queue.write(claim.lease, events, [vector_of(events[0].text)], MODEL)
 
-    assert [row[4] for row in database.queue()] == [False]
+    assert [row.is_claimed for row in database.queue()] == [False]
 
 
 def test_an_event_deleted_while_encoded_is_not_stored(database: Database, queue: Queue) -> None:
@@ -131,11 +132,7 @@ def test_an_event_deleted_and_inserted_again_with_its_id_is_embedded_anew(
     claim = claimed(queue)
     events = queue.read(claim)
     database.rows("delete from public.iot_events")
-    database.rows(
-        "insert into public.iot_events (id, device_id, event_type, severity, message) "
-        "overriding system value values (%s, 'd', 't', 's', 'new')",
-        event_id,
-    )
+    database.insert_as(event_id, "new")
 
     assert not queue.write(claim.lease, events, [vector_of(events[0].text)], MODEL)
 
@@ -191,7 +188,7 @@ def test_a_change_of_a_claimed_event_takes_the_claim_away(database: Database, qu
 
     assert queue.read(first) == []
     assert second.event_ids == first.event_ids
-    assert [row[1] for row in database.queue()] == [2]
+    assert [row.version for row in database.queue()] == [2]
 
 
 def test_changes_that_were_rolled_back_or_are_not_committed_are_passed_by(
@@ -402,11 +399,11 @@ def test_a_failed_event_is_due_again_later_and_parked_in_the_end(database: Datab
     good_a, bad, good_b = database.insert("a", "raise", "b")
 
     with serving(database):
-        wait_until(lambda: any(row[5] for row in database.queue()))
+        wait_until(database.parked)
 
-    ((event_id, _, _, attempts, leased, parked, error),) = database.queue()
-    assert (event_id, attempts, leased, parked) == (bad, 3, False, True)
-    assert "can't be encoded" in error
+    (row,) = database.queue()
+    assert (row.event_id, row.attempts, row.is_claimed, row.is_parked) == (bad, 3, False, True)
+    assert "can't be encoded" in row.error
     assert set(database.embedded()) == {good_a, good_b}
 
 
@@ -437,7 +434,7 @@ def test_a_reason_that_a_text_column_cannot_hold_is_kept_as_escapes(
 
     assert queue.fail(claim.lease, claim.event_ids, "byte \0 and \udcff") == 1
 
-    assert database.queue()[0][6] == "byte \\x00 and \\udcff"
+    assert database.queue()[0].error == "byte \\x00 and \\udcff"
 
 
 def test_a_long_reason_is_cut(database: Database, queue: Queue) -> None:
@@ -447,7 +444,7 @@ def test_a_long_reason_is_cut(database: Database, queue: Queue) -> None:
 
     queue.fail(claim.lease, claim.event_ids, "x" * 5000)
 
-    assert database.queue()[0][6] == "x" * 1000
+    assert database.queue()[0].error == "x" * 1000
 
 
 @pytest.mark.parametrize("text", ["nan", "zero"])
@@ -459,10 +456,10 @@ def test_a_vector_that_is_no_unit_vector_never_reaches_the_table(
     bad, good = database.insert(text, "good")
 
     with serving(database):
-        wait_until(lambda: any(row[5] for row in database.queue()))
+        wait_until(database.parked)
 
     assert set(database.embedded()) == {good}
-    assert [row[0] for row in database.queue()] == [bad]
+    assert [row.event_id for row in database.queue()] == [bad]
 
 
 def test_a_broken_model_parks_nothing_and_is_waited_for(database: Database) -> None:
@@ -473,7 +470,7 @@ def test_a_broken_model_parks_nothing_and_is_waited_for(database: Database) -> N
 
     with serving(database, embedder):
         wait_until(lambda: database.value("select last_value from listener.lease_token") > 4)
-        assert not any(row[5] for row in database.queue())
+        assert not database.parked()
         embedder.is_broken = False
 
         database.wait_for_rest()
@@ -486,7 +483,7 @@ def test_an_edited_parked_event_is_tried_again(database: Database) -> None:
     database = database.with_settings(max_attempts=1)
     database.insert("raise")
     with serving(database):
-        wait_until(lambda: any(row[5] for row in database.queue()))
+        wait_until(database.parked)
 
         database.rows("update public.iot_events set message = 'good'")
 
@@ -545,14 +542,14 @@ def test_a_change_of_an_event_whose_worker_died_does_not_mix_it_with_others(
     assert third is None
     texts = {event.event_id: event.text.split()[-1] for event in queue.read(second)}
     assert texts[killer] == "too"
-    assert {row[3] for row in database.queue()} == {1, 2}
+    assert {row.attempts for row in database.queue()} == {1, 2}
 
 
 def test_a_holder_that_lives_is_not_blamed_for_a_change_that_was_taken(
     database: Database, queue: Queue
 ) -> None:
     """Its lease ran out, so its event was left to be claimed anew."""
-    database.insert("old")
+    (event_id,) = database.insert("old")
     claim = claimed(queue)
     events = queue.read(claim)
     database.rows("update listener.queue set due_at = now()")
@@ -561,14 +558,14 @@ def test_a_holder_that_lives_is_not_blamed_for_a_change_that_was_taken(
 
     assert store(queue, claim, events) == []
 
-    assert [row[1:] for row in database.queue()] == [(2, 0, 0, False, False, None)]
+    assert database.queue() == [Queued(event_id, version=2)]
 
 
 def test_an_attempt_at_a_text_of_before_fails_nothing_once_the_lease_is_over(
     database: Database, queue: Queue
 ) -> None:
     """A worker that was stopped for long would park the text of now untried."""
-    database.insert("refused")
+    (event_id,) = database.insert("refused")
     zombie = claimed(queue)
     database.rows("update listener.queue set due_at = now(), attempts = 5")
     database.rows("update public.iot_events set message = 'good'")
@@ -577,14 +574,14 @@ def test_an_attempt_at_a_text_of_before_fails_nothing_once_the_lease_is_over(
 
     assert queue.fail(zombie.lease, zombie.event_ids, "refused") == 0
 
-    assert [row[3:] for row in database.queue()] == [(5, True, False, None)]
+    assert database.queue() == [Queued(event_id, version=2, attempts=5, is_claimed=True)]
 
 
 def test_an_event_whose_worker_died_is_claimed_where_its_change_is_all_there_is(
     database: Database, queue: Queue
 ) -> None:
     """The change alone gives nothing to claim."""
-    database.insert("kills")
+    (event_id,) = database.insert("kills")
     claimed(queue)
     database.rows("update listener.queue set due_at = now()")
     database.rows("update public.iot_events set message = 'kills, too'")
@@ -592,7 +589,7 @@ def test_an_event_whose_worker_died_is_claimed_where_its_change_is_all_there_is(
     claim = claimed(queue)
 
     assert claim.is_suspect
-    assert [row[1:5] for row in database.queue()] == [(2, 0, 2, True)]
+    assert database.queue() == [Queued(event_id, version=2, attempts=2, is_claimed=True)]
 
 
 def test_an_event_that_was_on_every_attempt_when_its_worker_died_is_parked(
@@ -607,7 +604,9 @@ def test_an_event_that_was_on_every_attempt_when_its_worker_died_is_parked(
     claim = claimed(queue)
 
     assert claim.event_ids == []
-    assert database.queue()[0][5:] == (True, "its worker died or lost its lease on every attempt")
+    (row,) = database.queue()
+    assert row.is_parked
+    assert row.error == "its worker died or lost its lease on every attempt"
 
 
 def test_a_text_that_is_parked_untried_has_not_the_error_of_the_one_before(
@@ -625,7 +624,9 @@ def test_a_text_that_is_parked_untried_has_not_the_error_of_the_one_before(
     claim = claimed(queue)
 
     assert claim.event_ids == []
-    assert database.queue()[0][5:] == (True, "its worker died or lost its lease on every attempt")
+    (row,) = database.queue()
+    assert row.is_parked
+    assert row.error == "its worker died or lost its lease on every attempt"
 
 
 def test_a_writer_holding_an_event_does_not_stall_its_batch_mates(
@@ -660,7 +661,7 @@ def test_an_event_that_a_writer_holds_is_left_alone_for_a_while(
         assert store(queue, claim, events) == []
 
     assert queue.claim(1) is None
-    assert [row[3:5] for row in database.queue()] == [(0, False)]
+    assert [(row.attempts, row.is_claimed) for row in database.queue()] == [(0, False)]
 
 
 def test_a_sweep_queues_what_is_missing_outdated_or_of_another_model_and_nothing_twice(
@@ -683,7 +684,7 @@ def test_a_sweep_queues_what_is_missing_outdated_or_of_another_model_and_nothing
     pages = [queue.sweep(MODEL, None, 10), queue.sweep(MODEL, None, 10)]
 
     assert [(page.scanned, page.queued) for page in pages] == [(4, 3), (4, 0)]
-    assert [row[0] for row in database.queue()] == [missing, other_text, other_model]
+    assert [row.event_id for row in database.queue()] == [missing, other_text, other_model]
 
 
 def test_a_sweep_in_pages_sees_every_event_once(database: Database, queue: Queue) -> None:
@@ -698,7 +699,7 @@ def test_a_sweep_in_pages_sees_every_event_once(database: Database, queue: Queue
             break
 
     assert scanned == 25
-    assert [row[0] for row in database.queue()] == ids
+    assert [row.event_id for row in database.queue()] == ids
 
 
 def test_a_backfill_that_is_given_back_stays_in_its_order(database: Database, queue: Queue) -> None:
@@ -734,7 +735,7 @@ def test_a_retried_event_has_all_its_attempts_again(database: Database) -> None:
     retried = retry(database.conn, [first])
 
     assert retried == [first]
-    assert [(row[3], row[5]) for row in database.queue()] == [(0, False), (5, True)]
+    assert [(row.attempts, row.is_parked) for row in database.queue()] == [(0, False), (5, True)]
 
 
 def test_a_retried_event_tells_of_no_error(database: Database) -> None:
@@ -754,8 +755,8 @@ def test_a_change_of_a_parked_event_begins_it_anew(database: Database, queue: Qu
 
     claimed(queue)
 
-    ((_, _, _, attempts, leased, _, error),) = database.queue()
-    assert (attempts, leased, error) == (1, True, None)
+    (row,) = database.queue()
+    assert (row.attempts, row.is_claimed, row.error) == (1, True, None)
     assert database.value("select now() - queued_at < interval '1 h' from listener.queue")
 
 
@@ -770,7 +771,7 @@ def test_a_change_of_an_event_that_waits_for_a_backfill_makes_it_live(
 
     claimed(queue)
 
-    assert [row[2] for row in database.queue()] == [0]
+    assert [row.lane for row in database.queue()] == [0]
 
 
 def test_an_event_has_waited_since_its_first_change(database: Database, queue: Queue) -> None:
@@ -795,8 +796,8 @@ def test_an_event_that_is_parked_for_its_deaths_keeps_an_earlier_error(
         database.rows("update listener.queue set due_at = now()")
         queue.claim(10)
 
-    ((_, _, _, attempts, _, parked, error),) = database.queue()
-    assert (attempts, parked, error) == (database.settings.max_attempts, True, "why")
+    (row,) = database.queue()
+    assert (row.attempts, row.is_parked, row.error) == (database.settings.max_attempts, True, "why")
 
 
 def test_no_latency_is_below_0(database: Database, queue: Queue) -> None:
@@ -838,11 +839,7 @@ def test_the_embedding_of_an_event_that_comes_back_meanwhile_is_no_orphan(
             writer.execute("select from public.event_embeddings for update")
             deleted = thread.submit(delete_orphans, conn)
             wait_until(lambda: database.waits("orphans"))
-            writer.execute(
-                "insert into public.iot_events (id, device_id, event_type, severity, message) "
-                "overriding system value values (%s, 'd', 't', 's', 'second')",
-                [event_id],
-            )
+            database.insert_as(event_id, "second", writer)
             peer = Queue(writer, database.settings, None)
             claim = claimed(peer)
             assert store(peer, claim, peer.read(claim)) == [event_id]
@@ -862,7 +859,7 @@ def test_two_hundred_updates_of_one_row_are_one_queue_row_and_the_last_text(
 
     claims = [claimed(queue, 150).event_ids, claimed(queue, 150).event_ids]
     assert claims == [[event_id], [event_id]]
-    assert [row[:2] for row in database.queue()] == [(event_id, 3)]
+    assert [(row.event_id, row.version) for row in database.queue()] == [(event_id, 3)]
     database.rows("update public.iot_events set message = 'text 199 '")
     database.rows("update public.iot_events set message = 'text 199'")
     with serving(database):
@@ -902,10 +899,9 @@ def test_removed_events_leave_the_queue_unencoded(
     database.rows(removal)
 
     assert queue.write(claim.lease, [Event(2, 1, "")], [vector_of("")], MODEL) == set()
-    embedder = TinyEmbedder()
-    with serving(database, embedder):
+    with serving(database) as service:
         wait_until(lambda: database.queue() == [])
-    assert embedder.encoded == []
+    assert service.embedder.encoded == []
 
 
 @pytest.mark.parametrize(
@@ -937,11 +933,7 @@ def test_an_insert_over_the_row_of_a_deleted_event_is_neither_discarded_nor_park
             database.rows("update listener.queue set due_at = 'infinity', error = 'of the first'")
         database.rows("delete from public.iot_events")
         with database.session() as writer, writer.transaction():
-            writer.execute(
-                "insert into public.iot_events (id, device_id, event_type, severity, message) "
-                "overriding system value values (%s, 'd', 't', 's', 'second')",
-                [event_id],
-            )
+            database.insert_as(event_id, "second", writer)
             assert queue.read(first) == []
             assert queue.claim(10) is None
 

@@ -62,7 +62,7 @@ def test_what_is_in_hand_when_a_connection_breaks_counts_as_never_claimed(
 
     with serving(database, embedder):
         database.insert("a")
-        wait_until(lambda: any(row[4] for row in database.queue()))
+        wait_until(lambda: any(row.is_claimed for row in database.queue()))
         database.terminate("listener-w%")
         embedder.may_run.set()
         wait_until(database.embedded)
@@ -237,7 +237,7 @@ def test_what_the_schema_is_to_blame_for_counts_no_attempt(database: Database) -
     with pytest.raises(SchemaError, match="nothing"):
         serve_once(database)
 
-    assert [row[3:5] for row in database.queue()] == [(0, False)]
+    assert [(row.attempts, row.is_claimed) for row in database.queue()] == [(0, False)]
 
 
 def test_a_service_goes_on_where_an_upgrade_changes_what_a_statement_returns(
@@ -279,7 +279,7 @@ def test_the_connections_are_named_and_idle_outside_statements(database: Databas
         wait_until(lambda: is_asleep(database))
         embedder.may_run.clear()
         database.insert("a")
-        wait_until(lambda: any(row[4] for row in database.queue()))
+        wait_until(lambda: any(row.is_claimed for row in database.queue()))
 
         wait_until(
             lambda: (
@@ -302,15 +302,15 @@ def test_a_stop_finishes_the_batch_in_hand_and_gives_the_next_one_back(database:
     database.insert(*map(str, range(100)))
     embedder.may_run.clear()
     with serving(database, embedder) as service:
-        wait_until(lambda: sum(row[4] for row in database.queue()) == 32)
+        wait_until(lambda: sum(row.is_claimed for row in database.queue()) == 32)
 
         service.stop_signal.set()
-        wait_until(lambda: sum(row[4] for row in database.queue()) == 16)
+        wait_until(lambda: sum(row.is_claimed for row in database.queue()) == 16)
         embedder.may_run.set()
         service.stop()
 
     assert len(database.embedded()) == len(embedder.encoded) == 16
-    assert [row[3:5] for row in database.queue()] == [(0, False)] * 84
+    assert [(row.attempts, row.is_claimed) for row in database.queue()] == [(0, False)] * 84
 
 
 def test_a_long_encode_keeps_its_lease(database: Database) -> None:
@@ -366,7 +366,7 @@ def test_a_worker_that_died_gives_its_events_up_at_once(database: Database) -> N
     database = database.with_settings(lease_seconds=3600.0)
     with serving(database, doomed):
         database.insert("a")
-        wait_until(lambda: any(row[4] for row in database.queue()))
+        wait_until(lambda: any(row.is_claimed for row in database.queue()))
         with serving(database, peer):
             database.rows(
                 "select pg_terminate_backend(pid) from pg_stat_activity "

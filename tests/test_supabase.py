@@ -17,6 +17,7 @@ from listener.config import Settings
 from listener.database import Connection, connect
 from listener.embedded import Server
 from tests.harness import Database, TinyEmbedder, listener, serving
+from tests.test_docs import README
 from tests.test_install import install_in
 
 # There the role is called postgres; here that is the server's superuser.
@@ -366,9 +367,8 @@ def test_a_signed_in_user_can_write_no_embedding(project: Database) -> None:
 
 def test_the_readmes_search_finds_a_signed_in_user_his_own_events(project: Database) -> None:
     """Called as its API calls a function, which may not use what is in schema listener."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
     (search,) = re.findall(
-        r"^```sql\n(create or replace function public.*?)^```", readme, re.M | re.S
+        r"^```sql\n(create or replace function public.*?)^```", README, re.M | re.S
     )
     with serving(project):
         first, second = project.insert("pump hot", "door open")

@@ -18,7 +18,16 @@ from listener.counters import counters
 from listener.database import Connection, connect, is_of_a_row, read_clock
 from listener.errors import ConnectionLost
 from listener.queue import Queue
-from tests.harness import Database, TinyEmbedder, claimed, is_asleep, serving, store, wait_until
+from tests.harness import (
+    Database,
+    Queued,
+    TinyEmbedder,
+    claimed,
+    is_asleep,
+    serving,
+    store,
+    wait_until,
+)
 from tests.misbehaviour import limit_statements, lose_deadlocks, slow_down_writes
 from tests.own_server import MakeServer, become_standby, installed
 
@@ -121,16 +130,16 @@ def until_a_crash(make_server: MakeServer) -> Iterator[tuple[Database, Connectio
 def test_a_crash_undoes_no_release(make_server: MakeServer) -> None:
     """Else it would be the claim of a dead worker again, and count an attempt."""
     with until_a_crash(make_server) as (first, work):
-        first.insert("a")
+        (a,) = first.insert("a")
         queue = Queue(work, first.settings, None)
         claim = claimed(queue)
         # Its commit waits for the disk, and takes the claim along.
-        first.insert("b")
+        (b,) = first.insert("b")
 
         queue.release(claim.lease, claim.event_ids)
 
     with reconnected(first) as database:
-        assert [row[1:5] for row in database.queue()] == [(1, 0, 0, False), (0, 0, 0, False)]
+        assert database.queue() == [Queued(a), Queued(b, version=0)]
 
 
 @pytest.mark.parametrize("is_new", [True, False])
@@ -147,7 +156,7 @@ def test_a_crash_undoes_no_claim_whose_texts_are_read_apart(
             claimed(queue)
 
     with reconnected(first) as database:
-        assert [row[3:5] for row in database.queue()] == [(1, True)]
+        assert [(row.attempts, row.is_claimed) for row in database.queue()] == [(1, True)]
 
 
 def test_a_crash_undoes_no_page_of_a_sweep(make_server: MakeServer) -> None:
@@ -222,8 +231,7 @@ def test_what_no_row_can_cause_is_blamed_on_none(database: Database, state: str)
 def test_a_lock_that_is_held_for_too_long_costs_the_events_no_attempt(database: Database) -> None:
     """A migration holds the vectors' table for longer than the service waits for an answer."""
     database = database.with_settings(max_attempts=1)
-    embedder = TinyEmbedder()
-    with serving(database, embedder), database.session() as migration:
+    with serving(database) as service, database.session() as migration:
         wait_until(lambda: is_asleep(database))
         with migration.transaction():
             migration.execute("lock table public.event_embeddings in share mode")
@@ -234,7 +242,7 @@ def test_a_lock_that_is_held_for_too_long_costs_the_events_no_attempt(database: 
 
         wait_until(database.embedded)
 
-    assert len(embedder.encoded) == 1
+    assert len(service.embedder.encoded) == 1
     assert database.queue() == []
 
 
@@ -245,13 +253,13 @@ def test_a_statement_that_takes_too_long_costs_the_events_no_attempt(
     limit_statements(monkeypatch, "1s")
     slow_down_writes(database, 0.2)
     database = database.with_settings(max_attempts=1)
-    failed, embedder = counters.failed_attempts, TinyEmbedder()
-    with serving(database, embedder):
+    failed = counters.failed_attempts
+    with serving(database) as service:
         ids = database.insert(*map(str, range(8)))
         wait_until(lambda: database.embedded().keys() == set(ids))
         assert database.value("select last_value from listener.worker_token") == 1
 
-    assert len(embedder.encoded) == 8
+    assert len(service.embedder.encoded) == 8
     assert counters.failed_attempts == failed
     assert database.queue() == []
 
@@ -345,7 +353,7 @@ def test_a_serializable_default_fails_no_claim(database: Database) -> None:
     """A default made for the dashboard doesn't reach the service's sessions."""
     name = database.value("select current_database()")
     database.rows(f'alter database "{name}" set default_transaction_isolation = serializable')
-    with serving(database, TinyEmbedder()), serving(database, TinyEmbedder()):
+    with serving(database), serving(database):
         for number in range(50):
             database.insert(f"event {number}")
             database.rows("update public.iot_events set message = message || '.' where id = 1")

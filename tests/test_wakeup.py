@@ -14,14 +14,7 @@ from listener import queries
 from listener.database import Connection
 from listener.stop import Stop
 from listener.wakeup import Wakeup
-from tests.harness import (
-    DEADLINE_SECONDS,
-    Database,
-    TinyEmbedder,
-    is_asleep,
-    serving,
-    wait_until,
-)
+from tests.harness import DEADLINE_SECONDS, Database, is_asleep, serving, wait_until
 
 
 @contextmanager
@@ -263,14 +256,12 @@ def test_eight_idle_workers_and_one_insert_are_no_herd(
         return is_woken
 
     monkeypatch.setattr(Wakeup, "sleep", counted)
-    embedders = [TinyEmbedder() for _ in range(8)]
     with ExitStack() as stack:
-        for embedder in embedders:
-            stack.enter_context(serving(database, embedder))
+        services = [stack.enter_context(serving(database)) for _ in range(8)]
         wait_until(lambda: is_asleep(database) and len(rested) == 8)
         woken.clear()
         database.insert("one")
         wait_until(lambda: woken and database.embedded() and is_asleep(database))
 
-        assert sum(len(embedder.encoded) for embedder in embedders) == 1
+        assert sum(len(service.embedder.encoded) for service in services) == 1
         assert len(woken) == 1

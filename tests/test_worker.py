@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 
 import pytest
 
@@ -14,6 +13,7 @@ from listener.queue import Queue
 from listener.worker import LOCK_CLASS, Worker, beat
 from tests.harness import (
     Database,
+    NewDatabase,
     TinyEmbedder,
     as_service,
     claimed,
@@ -162,9 +162,7 @@ def test_locks_of_numbers_to_come_that_somebody_holds_stop_no_worker(database: D
 
 
 def test_a_worker_of_another_database_is_not_listed(
-    database: Database,
-    template: str,
-    new_database: Callable[..., AbstractContextManager[str]],
+    database: Database, template: str, new_database: NewDatabase
 ) -> None:
     """Its lock has the same number, and is another lock."""
     with new_database(template) as url:

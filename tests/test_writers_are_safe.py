@@ -96,7 +96,7 @@ def test_a_writer_is_not_held_up_by_a_batch_that_is_being_encoded(database: Data
     updated, deleted, _ = database.insert("a", "b", "c")
     embedder.may_run.clear()
     with serving(database, embedder), impatient(database) as writer:
-        wait_until(lambda: all(row[4] for row in database.queue()))
+        wait_until(lambda: all(row.is_claimed for row in database.queue()))
 
         insert(writer, "d")
         writer.execute(UPDATE, ["changed", updated])
@@ -108,7 +108,7 @@ def test_a_writer_is_not_held_up_by_a_batch_that_is_being_encoded(database: Data
         database.assert_invariant()
         embedder.may_run.clear()
         insert(writer, "e")
-        wait_until(lambda: any(row[4] for row in database.queue()))
+        wait_until(lambda: any(row.is_claimed for row in database.queue()))
         writer.execute("truncate public.iot_events cascade")
         embedder.may_run.set()
 
@@ -203,7 +203,7 @@ def test_an_event_may_get_another_id(database: Database) -> None:
     database.rows("delete from public.event_embeddings")
     database.rows("update public.iot_events set id = 2000")
 
-    assert [row[0] for row in database.queue()] == [1000, 2000]
+    assert [row.event_id for row in database.queue()] == [1000, 2000]
     serve_once(database)
     database.assert_invariant()
 
@@ -407,7 +407,7 @@ def test_rows_written_straight_into_a_partition_are_found_by_the_sweep(
 
     database.rows("insert into public.iot_events values (11, 'queued'), (12, 'deleted')")
     database.rows("insert into part values (13, 'found')")
-    assert [row[0] for row in database.queue()] == [11, 12]
+    assert [row.event_id for row in database.queue()] == [11, 12]
     database.rows("delete from part where id = 12")
     with serving(database):
         wait_until(lambda: set(database.embedded()) == {11, 13})
