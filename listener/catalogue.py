@@ -11,7 +11,7 @@ from uuid import UUID
 from psycopg.rows import class_row
 
 from listener.claim import EventId
-from listener.database import Connection, translated
+from listener.database import Connection, reading
 
 _COLUMNS = """
 select
@@ -291,7 +291,7 @@ class Facts:
 
 def read_facts(conn: Connection) -> Facts:
     """Read all facts. Raises ConnectionLost and SchemaError."""
-    with translated():
+    with reading(conn):
         with conn.cursor(row_factory=class_row(Column)) as cursor:
             columns = tuple(cursor.execute(_COLUMNS).fetchall())
         with conn.cursor(row_factory=class_row(Facts)) as cursor:

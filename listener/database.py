@@ -157,11 +157,13 @@ def with_all_events(
 
 @contextmanager
 def reading(conn: Connection) -> Iterator[None]:
-    """Read in a transaction at read committed; raises what `translated` does.
+    """Read in a transaction with operators of Postgres' own, at read committed.
 
     At a stricter default of the database a command's read could make a writer's transaction fail.
+    Raises what `translated` does.
     """
     with translated(), conn.transaction():
+        conn.execute(queries.PIN_PATH)
         yield
 
 

@@ -11,7 +11,7 @@ import psycopg
 from listener import queries
 from listener.catalogue import Facts, read_facts
 from listener.columns import choose_columns, is_replaced, quoted
-from listener.database import Connection, translated
+from listener.database import Connection, reading, translated
 from listener.errors import SchemaError
 from listener.patience import patiently
 from listener.preflight import embeddings_problem, hidden_problem
@@ -26,12 +26,13 @@ _TRIGGERS_FILE = "007_triggers.sql"
 _WORKER_FILE = "009_worker.sql"
 _OWNERSHIP_FILE = "011_ownership.sql"
 # Part of the printed script, too. In a block of plpgsql, so that it also works where a tool for
-# migrations opens its transaction by other means than `begin`.
+# migrations opens its transaction by other means than `begin`. The path is for operators: PIN_PATH.
 _OPENING = """-- A request for a lock that waits blocks every later one, so give up soon. On all but
 -- iot_events sooner than deadlock_timeout (1 s), whose check might end a live worker's statement.
 do $$
 begin
 %s  set local lock_timeout = '0.5s';
+  set local search_path = '';
 end
 $$;
 """
@@ -143,7 +144,7 @@ def _something_is_gone(conn: Connection, texts: Iterable[str]) -> bool:
     whole = "\n".join(texts)
     names = _MADE.findall(whole)
     names += [f"{schema}.{index}" for index, schema in _INDEXED.findall(whole)]
-    with translated():
+    with reading(conn):
         return conn.execute(_GONE, {"names": names}).fetchone() is not None
 
 
@@ -285,10 +286,7 @@ def is_outdated(conn: Connection, facts: Facts) -> bool:
 
 
 def plan_uninstall(facts: Facts, drop_embeddings: bool) -> Plan:
-    """The steps that take the listener out again.
-
-    Raises SchemaError if what has our names is somebody else's.
-    """
+    """The steps that take the listener out; SchemaError if what has our names is another's."""
     if facts.schema_owner and not (facts.installed or facts.triggers):
         raise SchemaError(
             f"schema listener in database {facts.database} is not this listener's: it has no table "

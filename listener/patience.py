@@ -48,12 +48,12 @@ where l.locktype = 'relation'
     select d.oid from pg_catalog.pg_database d where d.datname = current_database()
   )
   and l.relation in (
-    to_regclass('public.iot_events'),
-    to_regclass('public.event_embeddings'),
-    to_regclass('listener.change'),
-    to_regclass('listener.queue'),
-    to_regclass('listener.worker'),
-    to_regclass('listener.applied')
+    to_regclass('public.iot_events')::oid,
+    to_regclass('public.event_embeddings')::oid,
+    to_regclass('listener.change')::oid,
+    to_regclass('listener.queue')::oid,
+    to_regclass('listener.worker')::oid,
+    to_regclass('listener.applied')::oid
   )
   and coalesce(clock_timestamp() - coalesce(p.prepared, a.xact_start) > interval '2 s', true)
 order by

@@ -15,12 +15,17 @@ join pg_catalog.pg_type t on t.typnamespace = x.extnamespace and t.typname = 've
 where x.extname = 'vector'
 """
 
+# An operator has no schema where it is used. One that somebody made in public, for the very types
+# that Postgres would convert, would be taken for its own, and run with the rights of who asks.
+PIN_PATH = "set local search_path = ''"
+
 # For the two sessions of the service, and no pooler's. A statement that waits for a lock, as behind
 # an index build, is given up by the server, so that no abandoned ones pile up there; sooner than a
 # slow one, which can be an event's fault, as a lock never is. The server finds a dead client in
 # 19 s instead of two hours, and with it frees the locks of a worker.
 SERVICE_SESSION = """
 select
+  pg_catalog.set_config('search_path', '', false),
   pg_catalog.set_config('statement_timeout', '8s', false),
   pg_catalog.set_config('lock_timeout', '6s', false),
   -- A sleep of the service is no idleness.
@@ -58,7 +63,7 @@ UNLISTEN_PROBE = "unlisten listener_probe"
 # A full NOTIFY queue would fail the statement; what a hint would have told is found by polling.
 NOTIFY = """
 select pg_catalog.pg_notify(%(channel)s, %(payload)s)
-where pg_catalog.pg_notification_queue_usage() < 0.5
+where pg_catalog.pg_notification_queue_usage() < 0.5::float8
 """
 BACKEND = "select pg_catalog.pg_backend_pid()"
 TRY_LOCK = "select pg_catalog.pg_try_advisory_lock(%(key)s)"
@@ -405,8 +410,8 @@ set
   error = %(error)s,
   due_at = case
     when q.attempts >= %(max_attempts)s then 'infinity'
-    else now() + (0.5 + random()) * interval '1 second'
-      * least(3600, %(retry_seconds)s * 2 ^ (q.attempts - 1))
+    else now() + (0.5::float8 + random()) * interval '1 second'
+      * least(3600, %(retry_seconds)s * pg_catalog.power(2::float8, (q.attempts - 1)::float8))
   end
 from held h
 where q.event_id = h.event_id and q.due_at > now()
@@ -430,7 +435,7 @@ set
   worker = null,
   attempts = greatest(q.attempts - 1, 0),
   due_at = case
-    when %(delay_seconds)s = 0 then least(q.queued_at, now())
+    when %(delay_seconds)s = 0::float8 then least(q.queued_at, now())
     else now() + %(delay_seconds)s * interval '1 second'
   end
 from
@@ -462,6 +467,7 @@ FORGET_PLANS = "discard plans"
 # iot_events, while one from before DDL that rewrites the table would show it empty.
 WITH_ALL_EVENTS = """
 set transaction isolation level read committed;
+set local search_path = '';
 set local row_security = off;
 select from listener.event limit 0;
 set local row_security = default;

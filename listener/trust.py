@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from listener.database import Connection, translated
+from listener.database import Connection, reading
 from listener.errors import SchemaError
 
 # The trigger functions are listener_owner's.
@@ -43,7 +43,7 @@ def require_trusted(conn: Connection) -> None:
     Its owner could have code run with the rights of who installs: by a view in place of a table, a
     trigger, a function. Reads the catalogue only.
     """
-    with translated():
+    with reading(conn):
         row = conn.execute(_OTHERS).fetchone()
     assert row is not None  # noqa: S101  an aggregate has one row
     if row[0]:

@@ -3,9 +3,21 @@
 
 -- "if not exists" would demand the right to create one, although it exists.
 do $$
+declare
+  v_role text;
 begin
   if to_regnamespace('listener') is null then
     create schema listener;
+    -- What default privileges gave to others.
+    for v_role in
+      select case when a.grantee = 0 then 'public' else pg_catalog.quote_ident(g.rolname) end
+      from pg_catalog.pg_namespace n
+      cross join lateral pg_catalog.aclexplode(n.nspacl) a
+      left join pg_catalog.pg_roles g on g.oid = a.grantee
+      where n.nspname = 'listener' and a.grantee <> n.nspowner
+    loop
+      execute pg_catalog.format('revoke all on schema listener from %s', v_role);
+    end loop;
   end if;
 end
 $$;

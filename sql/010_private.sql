@@ -20,6 +20,10 @@ begin
       select 'sequence', c.oid::regclass::text, c.relowner, c.relacl
       from pg_catalog.pg_class c
       where c.relnamespace = 'listener'::regnamespace and c.relkind = 'S'
+      union all
+      select 'function', p.oid::regprocedure::text, p.proowner, p.proacl
+      from pg_catalog.pg_proc p
+      where p.pronamespace = 'listener'::regnamespace
     ) o
     cross join lateral pg_catalog.aclexplode(o.acl) a
     left join pg_catalog.pg_roles g on g.oid = a.grantee

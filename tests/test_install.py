@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from listener.config import Settings
 from listener.database import Connection, connect
 from listener.errors import ConnectionLost, SchemaError
 from listener.preflight import require_installable
+from listener.queue import Queue
 from listener.template import Step, sql_text
 from listener.vectors import register_vector
 from tests.harness import (
@@ -36,6 +38,7 @@ from tests.harness import (
     serve_once,
     serving,
 )
+from tests.misbehaviour import replace_input
 from tests.test_docs import README
 
 
@@ -517,7 +520,7 @@ def test_default_privileges_give_nobody_a_way_past_row_level_security(
         connect(Settings(database_url=url), "admin") as admin,
         role(admin, "monitor"),
     ):
-        for kind in ("tables", "sequences", "schemas"):
+        for kind in ("tables", "sequences", "functions", "schemas"):
             admin.execute(f"alter default privileges grant all on {kind} to monitor".encode())
         with with_events(url, "id bigint primary key, message text") as database:
             database.rows("revoke all on public.iot_events from monitor")
@@ -531,6 +534,11 @@ def test_default_privileges_give_nobody_a_way_past_row_level_security(
                 "event_embeddings",
                 "status",
             }
+            assert not database.value("select has_schema_privilege('monitor', 'listener', 'usage')")
+            assert not database.rows(
+                "select p.oid::regprocedure from pg_proc p cross join aclexplode(p.proacl) a "
+                "where p.pronamespace = 'listener'::regnamespace and a.grantee = 'monitor'::regrole"
+            )
 
 
 _OVERLOADS = """
@@ -557,6 +565,83 @@ def test_no_function_that_somebody_made_in_public_is_taken_for_one_of_postgres(
         serve_once(database)
 
         assert set(database.embedded()) == {1}
+
+
+# For every pair of types that Postgres would have to convert.
+_OPERATORS = """
+do $$
+declare
+  v_types constant text[] :=
+    '{oid,regclass,regnamespace,regtype,regrole,int2,int4,int8,float4,float8,numeric,name,text}';
+  v_left text;
+  v_right text;
+  v_operator text;
+begin
+  set local search_path = '';
+  for v_left, v_right in select l, r from unnest(v_types) l, unnest(v_types) r loop
+    execute format(
+      'create function public.planted(%1$s, %2$s) returns boolean language plpgsql as '
+      '$f$ begin raise exception ''planted: %1$s, %2$s''; end $f$', v_left, v_right
+    );
+    for v_operator in
+      select o from unnest('{=,<>,<,>,<=,>=,+,-,*,/,^,||}'::text[]) o
+      except
+      select oprname from pg_operator
+      where oprleft = v_left::regtype and oprright = v_right::regtype
+    loop
+      execute format(
+        'create operator public.%s (leftarg = %s, rightarg = %s, function = public.planted)',
+        v_operator, v_left, v_right
+      );
+    end loop;
+  end loop;
+end
+$$
+"""
+
+
+def test_no_operator_that_somebody_made_in_public_is_taken_for_one_of_postgres(
+    new_database: NewDatabase, static_model: Path, tmp_path: Path
+) -> None:
+    """It would run with the rights of who installs, serves or looks, and be part of our views."""
+    with new_database() as url, with_events(url, "id bigint primary key, message text") as database:
+        settings = Settings(
+            database_url=url,
+            embedding_model=str(static_model),
+            reports_dir=tmp_path,
+            max_attempts=1,
+        )
+        database.rows(_OPERATORS)
+        listener(settings, "install")
+        listener(settings, "install", "--columns", "message")
+        replace_input(database, "raise exception 'no'")
+        database.rows("insert into public.iot_events values (1, 'a'), (2, 'bad')")
+
+        for command in (
+            ["run", "--once"],
+            ["check"],
+            ["status"],
+            ["show", "1"],
+            ["search", "a"],
+            ["report"],
+            ["retry", "--all"],
+            ["backfill", "--all", "--work"],
+        ):
+            listener(settings, *command)
+
+        assert database.rows("select event_id from public.event_embeddings") == [(1,)]
+        (queued,) = database.queue()
+        assert "no" in queued.error
+        with connect(settings, "listener-test") as conn:
+            # Behind a transaction pooler no session is the service's own.
+            queue = Queue(conn, replace(settings, max_attempts=2), None)
+            database.rows("insert into public.iot_events values (3, 'c')")
+            for end in (queue.release, partial(queue.fail, reason="why")):
+                claim = queue.claim(1)
+                assert claim is not None
+                end(claim.lease, claim.event_ids)
+            queue.notify()
+        listener(settings, "uninstall", "--drop-embeddings")
 
 
 def test_the_remedy_for_a_missing_right_can_be_run_as_it_stands(new_database: NewDatabase) -> None:
