@@ -21,6 +21,7 @@ from listener.console import (
     MODEL,
     SERVICE,
     Command,
+    in_a_line,
     load_encoder,
     printable,
     say,
@@ -46,7 +47,7 @@ def check_command() -> None:
     codes = []
     for finding in run_checks(settings):
         detail = redact(finding.detail, settings.secrets())
-        click.echo(f"{finding.state:<4}  {finding.name:<11} {detail}")
+        click.echo(in_a_line(f"{finding.state:<4}  {finding.name:<11} {detail}"))
         if not finding.ok:
             codes.append(finding.exit_code)
     if codes:
@@ -65,7 +66,7 @@ def status_command(as_json: bool, watch: bool) -> None:
             status = read_status(conn, settings)
             if as_json:
                 return json.dumps(status, default=str)
-            return printable("\n".join(status_lines(status)))
+            return "\n".join(map(in_a_line, status_lines(status)))
 
         if not watch:
             click.echo(read())
@@ -118,18 +119,14 @@ def show_command(event_id: str) -> None:
         from listener.embedder import load_embedder
 
         embedder = load_embedder(settings)
-        _echo(f"event     {state.event_id}")
-        _echo(f"tokens    {_tokens(state.input, embedder)}")
-        _echo(f"state     {_state(state, embedder.fingerprint)}")
-        _echo(f"text\n{_indented(readable(state.input))}")
+        click.echo(in_a_line(f"event     {state.event_id}"))
+        click.echo(f"tokens    {_tokens(state.input, embedder)}")
+        click.echo(in_a_line(f"state     {_state(state, embedder.fingerprint)}"))
+        click.echo(printable(f"text\n{_indented(readable(state.input))}"))
         if state.embedding is not None and state.model is not None:
-            _echo("neighbours")
+            click.echo("neighbours")
             hits = nearest(conn, state.embedding, state.model, limit=6)
             _print_hits([hit for hit in hits if hit.event_id != state.event_id][:5])
-
-
-def _echo(text: str) -> None:
-    click.echo(printable(text))
 
 
 def _tokens(text: str | None, embedder: Embedder) -> str:
@@ -160,7 +157,7 @@ def _indented(text: str) -> str:
 
 def _print_hits(hits: Sequence[Hit]) -> None:
     for hit in hits:
-        _echo(f"  {hit.similarity:.3f}  {hit.event_id}  {hit.line}")
+        click.echo(in_a_line(f"  {hit.similarity:.3f}  {hit.event_id}  {hit.line}"))
 
 
 @click.command("search", cls=Command, settings=(*DATABASE, *ENCODING))

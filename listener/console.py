@@ -80,6 +80,11 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
+def in_a_line(text: str) -> str:
+    """The same in one line: what somebody else wrote shall not pass for a line of ours."""
+    return printable(" ".join(text.splitlines()))
+
+
 def load_encoder(settings: Settings) -> Encoder:
     """Load the model. Raises ConfigError if it is missing, damaged or of another size."""
     # Imports what an engine needs, which only commands that encode should wait for.

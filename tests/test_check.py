@@ -24,6 +24,7 @@ from listener.config import Settings
 from listener.embedded import Server
 from listener.finding import Finding
 from listener.status import other_model
+from listener.worker import LOCK_CLASS
 from tests.harness import (
     Database,
     TinyEmbedder,
@@ -140,6 +141,22 @@ def test_check_warns_of_rights_that_reach_past_row_level_security(static: Databa
         assert static.value(
             "select has_table_privilege('re-store', 'public.event_embeddings', 'select')"
         )
+
+
+def test_nothing_that_another_worker_wrote_passes_for_a_line_of_check(static: Database) -> None:
+    """Its model may be any text, and a terminal obeys some."""
+    static.rows(
+        "insert into listener.worker (worker, host, pid, model) values (7, 'here', 1, %s)",
+        "\x1b[2J\nok    workers     1 running",
+    )
+    with static.session() as other:
+        other.execute("select pg_advisory_lock(%s, 7)", [LOCK_CLASS])
+
+        lines = listener(static.settings, "check").stdout.splitlines()
+
+    assert [line.split()[1] for line in lines] == NAMES
+    assert lines[-1].startswith("warn  workers")
+    assert "\x1b" not in lines[-1]
 
 
 def test_check_ends_as_the_service_would_at_the_first_that_fails(static: Database) -> None:

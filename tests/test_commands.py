@@ -147,7 +147,7 @@ def test_no_terminal_obeys_what_a_device_wrote(static: Database) -> None:
     (event_id,) = static.insert("\x1b[2Jpump\r hot\x9b1m")
     listener(static.settings, "run", "--once")
     static.park(*static.insert("b"))
-    static.rows("update listener.queue set error = %s", "\x1b]0;owned\x07")
+    static.rows("update listener.queue set error = %s", "\x1b]0;owned\x07\nworker          none")
 
     shown = [
         listener(static.settings, *arguments).stdout
@@ -157,6 +157,8 @@ def test_no_terminal_obeys_what_a_device_wrote(static: Database) -> None:
     assert "message: \\x1b[2Jpump" in shown[0]
     assert "\\x1b[2Jpump" in shown[1]
     assert "\\x1b]0;owned\\x07" in shown[2]
+    # Nor does one pass for a line of ours.
+    assert shown[2].splitlines().count("worker          none") == 1
     assert not [text for text in shown if re.search(r"[^\n\t -~\xa0-\U0010ffff]", text)]
 
 
