@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from listener import queries
+from listener.blame import require_input
 from listener.claim import Event
 from listener.counters import counters
 from listener.database import Connection
@@ -175,6 +176,28 @@ def test_a_server_that_takes_no_vector_is_no_events_fault(
         store(queue, claim, events)
 
     assert database.queue() == [Queued(event_id, attempts=1, is_claimed=True) for event_id in ids]
+
+
+def test_a_schema_that_is_gone_is_no_fault_of_it(database: Database) -> None:
+    """No other columns would help."""
+    database.rows("drop schema listener cascade")
+
+    with pytest.raises(SchemaError, match=r"^the database lacks what the listener needs"):
+        require_input(database.conn)
+
+
+@pytest.mark.parametrize("deed", ["raise 'no message'", "perform pg_catalog.pg_sleep(9)"])
+def test_one_that_only_fails_where_there_is_no_event_is_in_order(
+    database: Database, service_session: Connection, deed: str
+) -> None:
+    """It is tried on a row of nulls, which no event is."""
+    database.rows(
+        "create or replace function listener.embedding_input(event public.iot_events) "
+        "returns text language plpgsql stable set search_path = '' as "
+        f"$$ begin if event.id is null then {deed}; end if; return event.message; end $$"
+    )
+
+    require_input(service_session)
 
 
 def test_a_column_that_gets_another_type_fails_no_event(database: Database) -> None:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import pwd
 import re
 import shlex
 import signal
@@ -25,7 +26,7 @@ from listener import demo
 from listener.backfill import queue_events
 from listener.claim import SweepPage
 from listener.config import MOST_EVENTS, Settings
-from listener.embedded import Server
+from listener.embedded import Server, _open_to_others, _reachable
 from listener.errors import ConfigError, EncoderLost, StatementTimeout
 from listener.model import locate
 from listener.queue import Queue
@@ -657,6 +658,19 @@ def test_nothing_is_changed_where_no_report_could_be_written(
     assert (static.queue(), static.value(text, parked)) == before
 
 
+def test_reports_of_the_same_second_are_apart_and_a_line_of_one_is_one_line(
+    tmp_path: Path,
+) -> None:
+    """Whatever the server says in it."""
+    report = Report("retry", ["DETAIL:\n  of two\n  lines"], [], [], "None.")
+    settings = Settings(database_url="", reports_dir=tmp_path)
+
+    first, second = write_report(settings, report), write_report(settings, report)
+
+    assert first != second
+    assert "\n- DETAIL: of two lines\n" in first.read_text()
+
+
 def test_retry_takes_ids_or_all_and_names_what_is_not_parked(database: Database) -> None:
     """Exit 2 if an id was wrong; the right ones are retried all the same."""
     database.park(*database.insert("a", "b"))
@@ -703,9 +717,10 @@ def test_a_second_demo_in_the_same_place_is_refused(open_folder: Path, tmp_path:
     """The first to end would stop the server of both."""
     settings = Settings(database_url="", reports_dir=tmp_path)
     descriptor = os.open(open_folder, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    # Which refuses nobody who would share it.
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
 
-    finished = listener(settings, "demo", check=False, DEMO_DIR=str(open_folder))
+    finished = listener(settings, "demo", "--events", "1", check=False, DEMO_DIR=str(open_folder))
 
     os.close(descriptor)
     assert finished.returncode == 2
@@ -745,6 +760,54 @@ def test_ctrl_c_does_not_reach_what_prepares_the_server_of_the_demo(open_folder:
         Server(open_folder, open_folder)._run("initdb")
 
     assert int(str(told.value).split()[-1]) != os.getsid(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has another account run it")
+def test_the_server_that_root_starts_is_in_none_of_roots_groups(open_folder: Path) -> None:
+    """What these may read or write is none of its business."""
+    program = open_folder / "initdb"
+    program.write_text("#!/bin/sh\nid -G\nexit 1\n")
+    program.chmod(0o755)
+    ours = os.getgroups()
+    os.setgroups([0])
+    try:
+        with pytest.raises(ConfigError) as told:
+            Server(open_folder, open_folder)._run("initdb")
+    finally:
+        os.setgroups(ours)
+
+    assert str(told.value).endswith(f"failed: {pwd.getpwnam('nobody').pw_gid}")
+
+
+def test_binaries_that_are_closed_to_others_are_copied_for_the_server_of_root(
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, once, and not where the server's account could change what root runs."""
+    programs = open_folder / "closed" / "package" / "pginstall" / "bin"
+    programs.mkdir(parents=True)
+    for part in ("package/pginstall/bin/initdb", "package.libs/libpq.so"):
+        (open_folder / "closed" / part).parent.mkdir(exist_ok=True)
+        (open_folder / "closed" / part).write_text("")
+    # To be read, but not entered.
+    (open_folder / "closed").chmod(0o704)
+    home = open_folder / "demo" / "postgres"
+    left_by_one_that_was_killed = open_folder / "demo" / "server-half" / "package"
+    left_by_one_that_was_killed.mkdir(parents=True)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+    mask = os.umask(0o077)
+    copy = _reachable(programs, home)
+    os.umask(mask)
+
+    assert _open_to_others(copy)
+    assert copy.is_relative_to(home.parent)
+    assert not copy.is_relative_to(home)
+    assert (copy / "initdb").is_file()
+    assert (copy.parents[2] / "package.libs" / "libpq.so").is_file()
+    made = (copy / "initdb").stat()
+    assert _reachable(programs, home) == copy
+    assert (copy / "initdb").stat() == made
+    assert _reachable(copy, home) == copy
 
 
 def test_a_demo_whose_service_fails_ends_with_its_error(

@@ -76,6 +76,35 @@ def test_a_short_text_alone_has_each_helper_on_one_core(
         assert os.sched_getaffinity(other) == os.sched_getaffinity(0) == everywhere
 
 
+def test_a_helper_that_is_where_it_should_be_is_not_moved_again(
+    threads: HelperThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short text waits for it."""
+    moved: list[int] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda tid, _: moved.append(tid))
+    monkeypatch.setattr(helper_threads, "_own_core", lambda: min(os.sched_getaffinity(0)))
+
+    threads.place_for([SHORT])
+    threads.place_for([SHORT])
+
+    assert len(moved) == 1
+
+
+def test_helpers_that_can_be_neither_moved_nor_found_help_all_the_same(
+    threads: HelperThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a sandbox that does not let a process do so."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setaffinity", refused)
+    threads.place_for([SHORT])
+
+    monkeypatch.setattr(helper_threads, "_run_times", refused)
+    HelperThreads(burn).place_for([SHORT])
+
+
 @pytest.mark.parametrize("texts", [[SHORT, SHORT], [LONG]], ids=["two texts", "a long one"])
 def test_whatever_takes_longer_leaves_the_helpers_to_the_kernel(
     threads: HelperThreads, helper: int, texts: list[str]
@@ -110,6 +139,11 @@ def test_a_core_is_idle_unless_as_many_threads_run_as_there_are_cores(
 
     monkeypatch.setattr(helper_threads, "_running", lambda: cores)
     assert not threads.have_idle_cores()
+
+    # Who woke the caller is done as soon as it has its turn.
+    running = iter([cores, cores - 1])
+    monkeypatch.setattr(helper_threads, "_running", lambda: next(running))
+    assert threads.have_idle_cores()
 
 
 def test_processes_that_compute_are_counted_until_they_end_and_those_that_sleep_are_not() -> None:

@@ -453,8 +453,16 @@ def test_a_function_that_a_stranger_has_put_into_our_schema_is_refused(
             install_in(database.conn)
 
 
-def test_a_view_that_a_stranger_has_put_into_our_schema_is_refused_unread(
-    new_database: NewDatabase,
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("waiting", "view listener.waiting as select 1 / 0 as event_id"),
+        ("waiting", "materialized view listener.waiting as select 1 as event_id"),
+        ("lease_token", "sequence listener.lease_token"),
+    ],
+)
+def test_what_a_stranger_has_put_into_our_schema_is_refused_unread(
+    new_database: NewDatabase, name: str, made: str
 ) -> None:
     """Also where the schema is the installer's own, and open to others."""
     with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
@@ -466,10 +474,10 @@ def test_a_view_that_a_stranger_has_put_into_our_schema_is_refused_unread(
             database.rows("create schema listener")
             database.rows("grant usage, create on schema listener to stranger")
             database.rows("set role stranger")
-            database.rows("create view listener.waiting as select 1 / 0 as event_id")
+            database.rows(f"create {made}")
             database.rows("reset role")
 
-            with pytest.raises(SchemaError, match=r"^listener\.waiting belongs to a role"):
+            with pytest.raises(SchemaError, match=rf"^listener\.{name} belongs to a role"):
                 install_in(database.conn)
 
 
@@ -1116,10 +1124,20 @@ def test_where_another_table_took_the_name_the_old_one_may_go_and_events_be_renu
         assert set(database.embedded()) == {2}
 
 
-def test_a_table_that_had_the_name_keeps_no_trigger(new_database: NewDatabase) -> None:
+@pytest.mark.parametrize("is_partitioned", [False, True])
+def test_a_table_that_had_the_name_keeps_no_trigger(
+    new_database: NewDatabase, is_partitioned: bool
+) -> None:
     """Its rows are no events; and where its columns are renamed its writers would be refused."""
     columns = "id bigint primary key, message text"
     with new_database() as url, with_events(url, columns) as database:
+        if is_partitioned:
+            database.rows("drop table public.iot_events")
+            database.rows(f"create table public.iot_events ({columns}) partition by hash (id)")
+            database.rows(
+                "create table public.part partition of public.iot_events "
+                "for values with (modulus 1, remainder 0)"
+            )
         install_in(database.conn)
         database.rows("alter table public.iot_events rename to iot_events_old")
         database.rows(f"create table public.iot_events ({columns})")
@@ -1133,7 +1151,12 @@ def test_a_table_that_had_the_name_keeps_no_trigger(new_database: NewDatabase) -
 
 
 def test_a_foreign_key_that_does_not_cascade_is_put_right_by_install(database: Database) -> None:
-    """With it, an event that is embedded could not be deleted."""
+    """With it, an event that is embedded could not be deleted; one of the operator's own stays."""
+    database.rows("create table public.models (model text primary key)")
+    database.rows(
+        "alter table public.event_embeddings "
+        "add constraint known foreign key (model) references public.models"
+    )
     database.rows(
         "alter table public.event_embeddings drop constraint event_embeddings_event_id_fkey, "
         "add constraint event_embeddings_event_id_fkey foreign key (event_id) "
@@ -1144,6 +1167,7 @@ def test_a_foreign_key_that_does_not_cascade_is_put_right_by_install(database: D
 
     install_in(database.conn)
 
+    database.rows("alter table public.event_embeddings drop constraint known")
     database.insert("a")
     serve_once(database)
     database.rows("delete from public.iot_events")

@@ -464,6 +464,18 @@ def test_a_bad_text_fails_alone_in_its_batch() -> None:
     encoder.close()
 
 
+def test_a_model_that_breaks_in_mid_batch_fails_no_text() -> None:
+    """That some were encoded before says nothing of those after."""
+
+    class Breaking(TinyEmbedder):
+        def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            self.is_broken = len(texts) > 1 or bool(self.encoded)
+            return super().encode(texts)
+
+    with closing(Encoder(Breaking, 0)) as encoder, pytest.raises(ModelFault, match="a known text"):
+        encoder.encode(["a", "b"])
+
+
 @pytest.mark.parametrize("length", [0.98, 1.02, 0.5])
 def test_a_vector_of_another_length_than_1_is_not_stored(length: float) -> None:
     """By inner product it would be nearer or farther than it is."""

@@ -97,18 +97,19 @@ def test_a_text_that_no_tokenizer_takes_is_left_to_the_encode() -> None:
 
 
 def test_of_a_long_text_the_model_is_given_what_fills_it() -> None:
-    """Up to a space, or as much as a bound allows where none is found that fills the model."""
+    """Up to a space or line end, or what a bound allows where none is found that fills it."""
     embedder = TinyEmbedder()
     encoder = Encoder(lambda: embedder, cache_texts=0)
-    words, blob = "word " * 100_000, "x" * 1_000_000
+    words, lines, blob = "word " * 100_000, "word\n" * 100_000, "x" * 1_000_000
 
-    encoder.encode([words])
-    encoder.encode([blob])
+    for text in (words, lines, blob):
+        encoder.encode([text])
 
-    beginning, cut = embedder.encoded
-    assert words.startswith(beginning)
-    assert beginning.endswith("word")
-    assert 512 <= len(beginning.split()) < 2_000
+    *beginnings, cut = embedder.encoded
+    for text, beginning in zip((words, lines), beginnings, strict=True):
+        assert text.startswith(beginning)
+        assert beginning.endswith("word")
+        assert 512 <= len(beginning.split()) < 2_000
     assert blob.startswith(cut)
     assert len(cut) == 512 * 256
     encoder.close()

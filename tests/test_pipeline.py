@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import psycopg
 import pytest
 from numpy.typing import NDArray
 
@@ -93,6 +94,34 @@ def test_a_drain_does_not_end_with_a_claim_of_which_all_is_parked(database: Data
     assert set(database.embedded()) == {behind}
 
 
+def test_the_batches_of_a_claim_are_encoded_the_longest_first(database: Database) -> None:
+    """With the last of them the claim is done, and its lease is not extended any more."""
+    database.insert(*("word " * n for n in (3, 9, 1, 5)))
+    embedder = TinyEmbedder()
+
+    with draining(database.with_settings(batch_tokens=1), embedder) as drain:
+        drain(lambda: None)
+
+    assert [text.count("word") for text in embedder.encoded] == [9, 5, 3, 1]
+
+
+def test_new_events_are_encoded_in_the_order_of_their_claims(database: Database) -> None:
+    """Else those that wait would wait for as long as there are newer ones."""
+    database.insert(*(f"first {n}" for n in range(6)))
+    embedder = TinyEmbedder()
+    came: list[list[int]] = []
+
+    def more() -> None:
+        if not came:
+            came.append(database.insert("second"))
+
+    with draining(database.with_settings(batch_tokens=1), embedder) as drain:
+        drain(more)
+        drain(more)
+
+    assert ["second" in text for text in embedder.encoded] == [False] * 6 + [True]
+
+
 def test_what_waits_for_the_model_keeps_its_lease(database: Database) -> None:
     """Else a peer would take it, and it would be encoded twice."""
     database.insert(*(f"of eight words as it so happens, {n}" for n in range(6)))
@@ -143,6 +172,23 @@ def test_a_claim_of_events_that_are_gone_makes_the_next_no_smaller(database: Dat
     assert len(rounds) == 4
 
 
+def test_a_claim_of_one_event_makes_the_next_passes_no_smaller(database: Database) -> None:
+    """Where one text is alone no tokens are counted, which tells nothing of the model."""
+    long = [f"{n} " + "word " * 99 for n in range(64)]
+    passes: list[int] = []
+    with draining(database, TinyEmbedder()) as drain:
+        for texts in (long, long, ["alone"], long):
+            database.insert(*texts)
+            passes.append(0)
+
+            def count() -> None:
+                passes[-1] += 1
+
+            drain(count)
+
+    assert passes[0] > passes[1] > passes[3]
+
+
 @pytest.mark.parametrize(
     ("limits", "left"),
     [
@@ -189,6 +235,32 @@ def test_no_lease_of_what_is_written_is_extended(
             assert {tuple(ids) for _, ids in extended} == {tuple(event_ids)}
 
 
+def test_however_slow_the_model_is_events_are_claimed(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim is to be done in a few seconds, in which there may be none."""
+    monkeypatch.setattr("listener.pipeline._CLAIM_SECONDS", 0.0)
+
+    with draining(database, TinyEmbedder()) as drain:
+        for message in "ab":
+            database.insert(message)
+            assert drain(lambda: None) == 1
+
+
+def test_a_session_keeps_no_list_of_all_its_batches(database: Database) -> None:
+    """It may last for months, and what is measured is the model of today."""
+    encoder = Encoder(TinyEmbedder, 0)
+    with database.service_session() as conn:
+        queue = Queue(conn, database.settings, None)
+        pipeline = Pipeline(database.settings, queue, encoder, Stop(), {})
+        for message in "ab":
+            database.insert(message)
+            pipeline.drain(lambda _: None, lambda: None)
+    encoder.close()
+
+    assert pipeline._done == []
+
+
 def test_a_batch_is_not_blamed_for_the_time_of_the_one_before(database: Database) -> None:
     """Two slow ones, one after the other, are no hang."""
     database.insert("a", "b")
@@ -218,15 +290,20 @@ def lose_connection(*_: object) -> None:
     raise ConnectionLost("the link is down")
 
 
+def refuse(*_: object) -> None:
+    raise psycopg.errors.RaiseException("not in this hour")
+
+
+@pytest.mark.parametrize("fails", [lose_connection, refuse])
 def test_a_hung_model_ends_the_process_though_nothing_can_be_given_back(
-    database: Database, monkeypatch: pytest.MonkeyPatch
+    database: Database, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., None]
 ) -> None:
     """A new connection would not make the model return."""
     database.insert("first")
     database.insert("second")
     embedder = TinyEmbedder()
     embedder.may_run.clear()
-    monkeypatch.setattr(Queue, "release", lose_connection)
+    monkeypatch.setattr(Queue, "release", fails)
     database = database.with_settings(batch_events=1, encode_seconds=0.2)
 
     with draining(database, embedder) as drain, pytest.raises(EncoderLost):

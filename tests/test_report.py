@@ -6,12 +6,13 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from listener.html_report import render_report
-from tests.harness import Database, Spawn, listener, wait_until
+from tests.harness import Database, Spawn, listener, serve_once, wait_until
 
 _BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 _SCRIPT = "<script>alert(1)</script>"
@@ -87,6 +88,45 @@ def test_the_bars_of_the_throughput_are_as_wide_as_a_phone_needs(static: Databas
     assert "2 in the busiest hour" in text
     assert len(re.findall(r'title="[^"]*: 2"', text)) == 24
     assert len(re.findall(r'title="[^"]*: 0"', text)) == 24
+
+
+@pytest.mark.parametrize(
+    ("apart", "width"),
+    [("59 minutes", "minute"), ("60 minutes", "10 minutes"), ("26 years", "30 days")],
+)
+def test_there_are_no_more_bars_than_sixty_unless_it_took_years(
+    database: Database, apart: str, width: str
+) -> None:
+    """Then they are as wide as can be."""
+    first, _ = database.insert("a", "b")
+    serve_once(database)
+    database.rows("update public.event_embeddings set embedded_at = '2026-01-01 00:00:00+00'")
+    database.rows(
+        "update public.event_embeddings set embedded_at = embedded_at - %s::interval "
+        "where event_id = %s",
+        apart,
+        first,
+    )
+
+    assert f"1 in the busiest {width}<" in page_of(database)
+
+
+def test_the_times_of_the_throughput_are_in_utc(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the page says, wherever the command runs."""
+    database.insert("a")
+    serve_once(database)
+    database.rows("update public.event_embeddings set embedded_at = '2026-01-01 12:00:00+00'")
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        text = page_of(database)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+    assert "<span>2026-01-01 12:00:00 UTC</span>" in text
 
 
 def test_the_report_looks_at_no_more_than_the_newest(static: Database) -> None:

@@ -513,6 +513,18 @@ def test_parked_events_that_the_server_cannot_read_stop_no_service(
     assert "connection_lost" not in caplog.messages
 
 
+def test_a_session_that_ends_while_parked_events_are_looked_at_ends_with_its_own_cause(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not later, as one that was closed already."""
+    monkeypatch.setattr(
+        queries, "DISCARD_PARKED", "select pg_catalog.pg_terminate_backend(pg_backend_pid())"
+    )
+
+    with database.session() as conn, pytest.raises(ConnectionLost, match="terminating connection"):
+        discard_parked(conn)
+
+
 def test_run_once_drops_parked_events_that_were_deleted(database: Database) -> None:
     """Where no process is kept running, it is all there is."""
     database.park(*database.insert("bad"))
@@ -577,10 +589,11 @@ def test_an_event_that_a_writer_holds_is_embedded_soon_after_it_lets_go(database
     assert len(embedder.encoded) == 1
 
 
-def test_events_given_back_by_a_stop_wake_a_sleeping_peer(
-    database: Database, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by", ["a stop", "a broken model"])
+def test_events_that_are_given_back_wake_a_sleeping_peer(
+    database: Database, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
-    """Of two workers one goes; what it had not begun is not slept through by the other."""
+    """Of two workers one goes; what it gives back is not slept through by the other."""
     # A beat would find what was given back, without being woken.
     monkeypatch.setattr("listener.service.BEAT_SECONDS", 120.0)
     going, staying = TinyEmbedder(), TinyEmbedder()
@@ -595,11 +608,14 @@ def test_events_given_back_by_a_stop_wake_a_sleeping_peer(
             wait_until(lambda: database.leased() == 4)
             staying.may_run.set()
             wait_until(lambda: len(database.embedded()) == 3 and is_asleep(database))
-            worker.stop_signal.set()
+            if by == "a stop":
+                worker.stop_signal.set()
+            else:
+                going.is_broken = True
+                going.may_run.set()
 
-            wait_until(lambda: len(database.embedded()) == 4, 10.0)
-
-    assert len(database.embedded()) == 5
+            wait_until(lambda: len(database.embedded()) >= 4, 10.0)
+        wait_until(lambda: len(database.embedded()) == 5)
 
 
 def test_no_plan_from_when_the_table_was_empty_reads_it_whole_later(database: Database) -> None:

@@ -17,10 +17,13 @@ def test_the_view_tells_what_waits_by_lane_and_what_is_parked(database: Database
     database.rows("update listener.queue set due_at = now(), lane = 1 where event_id = %s", both)
     database.rows("insert into listener.change (event_id) values (%s), (%s)", both, changed)
     database.rows("insert into listener.queue (event_id, lane) values (99, 1), (%s, 0)", claimed)
+    database.rows(
+        "update listener.queue set queued_at = now() - interval '1 h' where event_id = 99"
+    )
 
     (row,) = database.rows(
         "select pending, pending_live, pending_backfill, parked, workers, last_error, embedded, "
-        "oldest_pending_seconds >= oldest_live_seconds from listener.status"
+        "oldest_pending_seconds >= 3600 and oldest_live_seconds < 3600 from listener.status"
     )
 
     assert row == (5, 4, 1, 1, 0, "why", 0, True)

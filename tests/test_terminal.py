@@ -13,11 +13,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
+from listener import live
 from listener.config import Settings
 from listener.console import say
+from listener.stop import Stop
 from tests.harness import Database, Spawn, empty_folder, environment, listener, wait_until
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
@@ -97,6 +100,9 @@ def test_no_message_commands_the_terminal(capsys: pytest.CaptureFixture[str]) ->
 
     assert capsys.readouterr().err == "event \\x1b[2J\\x9b is not known\n\n"
 
+    say("".join(map(chr, range(160))))
+    assert {char for char in capsys.readouterr().err if not char.isprintable()} == {"\t", "\n"}
+
 
 @pytest.mark.parametrize(("variables", "is_coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
 def test_no_color_is_honoured(
@@ -135,6 +141,26 @@ def last_look(database: Database) -> datetime:
         "where datname = current_database() and application_name = 'listener-status'"
     )
     return asked
+
+
+def test_to_be_looked_at_takes_no_more_than_a_quarter_of_the_databases_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a look takes a second, the next comes three seconds later."""
+    waits: list[float] = []
+
+    class Impatient(Stop):
+        def wait(self, seconds: float) -> None:
+            waits.append(seconds)
+            self.set()
+
+    monkeypatch.setattr(live, "stop_on_signals", Impatient)
+    clock = iter([100.0, 101.0])
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    live.show_live(lambda: "pending 0")
+
+    assert waits == [3.0]
 
 
 def test_a_watched_status_as_json_is_an_object_for_each_change(

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 import pytest
 from tenacity import wait_fixed
 
-from listener.database import _LIVELINESS, Connection, connect
+from listener.database import _LIVELINESS, Connection, connect, reconnecting
 from listener.embedded import Server
 from listener.errors import ConnectionLost
 from listener.queue import Queue
+from listener.stop import Stop
 from tests.harness import (
     DEADLINE_SECONDS,
     Database,
@@ -246,6 +247,26 @@ def test_a_server_that_accepts_and_says_nothing_is_given_up(
         connecting = thread.submit(connect, settings, "listener-test")
 
         assert isinstance(connecting.exception(DEADLINE_SECONDS), ConnectionLost)
+
+
+def test_attempts_to_connect_come_soon_at_first_and_never_more_than_ten_seconds_apart() -> None:
+    """A blink of the network costs next to nothing, and no outage much after its end."""
+    waits: list[float] = []
+
+    class Impatient(Stop):
+        def wait(self, seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 100:
+                self.set()
+
+    def connects() -> None:
+        raise ConnectionLost("no route")
+
+    with pytest.raises(ConnectionLost):
+        reconnecting(Impatient())(connects)
+
+    assert all(wait <= 0.2 * 2**n for n, wait in enumerate(waits))
+    assert 5 < max(waits) <= 10
 
 
 def test_a_stop_ends_the_wait_between_two_attempts_to_connect(

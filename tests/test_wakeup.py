@@ -41,6 +41,33 @@ def heard(conn: Connection) -> int:
     return len(list(conn.notifies(timeout=0.1)))
 
 
+def test_a_wait_lasts_as_long_as_it_should_or_until_the_stop() -> None:
+    """The waits between attempts to connect are such."""
+    stop, began = Stop(), time.monotonic()
+
+    stop.wait(0.2)
+    waited = time.monotonic() - began
+    stop.set()
+    stop.wait(DEADLINE_SECONDS)
+
+    assert waited >= 0.2
+    assert time.monotonic() - began < DEADLINE_SECONDS
+
+
+def test_a_writer_that_leaves_nothing_to_do_wakes_nobody(database: Database) -> None:
+    """As a statement that finds no row, or changes what is not embedded."""
+    database.insert("a")
+    with ear(database) as conn, listening(database) as wakeup:
+        wakeup.prepare_sleep()
+
+        database.rows("update public.iot_events set created_at = now()")
+        database.insert()
+        assert heard(conn) == 0
+
+        database.rows("update public.iot_events set message = 'b'")
+        assert heard(conn) == 1
+
+
 def test_writers_notify_only_while_a_worker_sleeps(database: Database) -> None:
     """The gate is open, closed, and open again."""
     with ear(database) as conn, listening(database) as wakeup:
