@@ -172,8 +172,12 @@ def test_a_claim_of_events_that_are_gone_makes_the_next_no_smaller(database: Dat
     assert len(rounds) == 4
 
 
-def test_a_claim_of_one_event_makes_the_next_passes_no_smaller(database: Database) -> None:
+def test_a_claim_of_one_event_makes_the_next_passes_no_smaller(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where one text is alone no tokens are counted, which tells nothing of the model."""
+    # Whatever holds this process up for a while.
+    monkeypatch.setattr("listener.pipeline._BATCH_SECONDS", 3600.0)
     long = [f"{n} " + "word " * 99 for n in range(64)]
     passes: list[int] = []
     with draining(database, TinyEmbedder()) as drain:
