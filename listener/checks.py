@@ -16,7 +16,7 @@ from listener.catalogue import Facts, read_facts
 from listener.checks_link import check_clock, check_notify, check_server, check_tls, no_connection
 from listener.claim import Claim, Event, EventId
 from listener.config import DIMENSION, Settings
-from listener.database import Connection, connect, translated
+from listener.database import Connection, connect, reading
 from listener.embedder import load_embedder
 from listener.endpoint import require_metrics
 from listener.errors import ListenerError, SchemaError
@@ -157,7 +157,7 @@ def _check_rights(settings: Settings, facts: Facts, work: Connection) -> Finding
 
 def _check_grants(conn: Connection) -> Finding:
     """As after a restore where default privileges give all on a new table."""
-    with translated():
+    with reading(conn):
         roles = ", ".join(role for (role,) in conn.execute(queries.TOO_MUCH_GRANTED).fetchall())
     if not roles:
         return Finding("grants", "nobody else may truncate event_embeddings or put triggers on it")
@@ -176,7 +176,7 @@ def _check_search(conn: Connection) -> Finding:
         nearest(conn, np.zeros(DIMENSION, np.float32), "", 0)
     except ListenerError as error:
         return Finding("search", f"`listener search` would fail: {error}", warns=True)
-    with translated(), conn.cursor(row_factory=class_row(_VectorIndex)) as cursor:
+    with reading(conn), conn.cursor(row_factory=class_row(_VectorIndex)) as cursor:
         indexes = cursor.execute(queries.VECTOR_INDEXES).fetchall()
     for index in indexes:
         if not index.is_valid:

@@ -274,7 +274,7 @@ def verify(conn: Connection) -> Facts:
 
 def is_outdated(conn: Connection, facts: Facts) -> bool:
     """Whether an install would run a file again, because it reads differently now."""
-    with translated():
+    with reading(conn):
         applied = {file: digest for file, digest, _ in conn.execute(queries.APPLIED)}
     values = placeholders(facts, ())
     return any(

@@ -16,7 +16,8 @@ where x.extname = 'vector'
 """
 
 # An operator has no schema where it is used. One that somebody made in public, for the very types
-# that Postgres would convert, would be taken for its own, and run with the rights of who asks.
+# that Postgres would convert, would be taken for its own, and run with the rights of who asks. What
+# runs in a pooler's session, where no path can be set, has the types of an operator of Postgres.
 PIN_PATH = "set local search_path = ''"
 
 # For the two sessions of the service, and no pooler's. A statement that waits for a lock, as behind

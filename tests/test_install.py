@@ -67,6 +67,15 @@ def with_events(url: str, columns: str) -> Iterator[Database]:
         yield Database(settings, conn, settings)
 
 
+@contextmanager
+def creator(admin: Connection, name: str, attributes: str = "nologin") -> Iterator[None]:
+    """A role that may create schemas, and tables in public."""
+    with role(admin, name, attributes):
+        admin.execute(f"grant create on schema public to {name}".encode())
+        admin.execute(f'grant create on database "{admin.info.dbname}" to {name}'.encode())
+        yield
+
+
 def described(conn: Connection) -> dict[str, Any]:
     """Everything about iot_events that an install could change."""
     statements = {
@@ -379,9 +388,7 @@ def test_a_role_without_superuser_installs_runs_and_uninstalls(
     """The owner of the table is enough where the extension is there."""
     with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
         admin.execute("create extension vector")
-        with role(admin, "plain_owner", "login nosuperuser nocreaterole"):
-            admin.execute("grant create on schema public to plain_owner")
-            admin.execute(f'grant create on database "{admin.info.dbname}" to plain_owner'.encode())
+        with creator(admin, "plain_owner", "login nosuperuser nocreaterole"):
             plain = url.replace("postgres@", "plain_owner@")
             with with_events(plain, "id bigint primary key, message text") as database:
                 plan = install_in(database.conn)
@@ -416,16 +423,16 @@ def test_what_a_stranger_has_put_in_our_place_is_refused_unread(
     """Its views, triggers and functions would run with the rights of who installs."""
     with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
         admin.execute("create extension vector")
-        with role(admin, "stranger"):
-            admin.execute(f'grant create on database "{admin.info.dbname}" to stranger'.encode())
-            admin.execute("grant create on schema public to stranger")
-            with with_events(url, "id bigint primary key, message text") as database:
-                database.rows("set role stranger")
-                database.rows(trap)
-                database.rows("reset role")
+        with (
+            creator(admin, "stranger"),
+            with_events(url, "id bigint primary key, message text") as database,
+        ):
+            database.rows("set role stranger")
+            database.rows(trap)
+            database.rows("reset role")
 
-                with pytest.raises(SchemaError, match=f"^({named}) belongs to a role"):
-                    install_in(database.conn)
+            with pytest.raises(SchemaError, match=f"^({named}) belongs to a role"):
+                install_in(database.conn)
 
 
 def test_a_function_that_a_stranger_has_put_into_our_schema_is_refused(
@@ -487,9 +494,7 @@ def test_what_a_superuser_makes_anew_belongs_to_who_installed_first(
     """Whose functions use it, and who does the next upgrade."""
     with new_database() as url, connect(Settings(database_url=url), "admin") as admin:
         admin.execute("create extension vector")
-        with role(admin, "first", "login"):
-            admin.execute("grant create on schema public to first")
-            admin.execute(f'grant create on database "{admin.info.dbname}" to first'.encode())
+        with creator(admin, "first", "login"):
             own = url.replace("postgres@", "first@")
             with with_events(own, "id bigint primary key, message text") as database:
                 install_in(database.conn)
@@ -678,9 +683,7 @@ def test_a_role_that_creates_roles_gives_the_trigger_functions_away(
             admin.execute("select from pg_roles where rolname = 'listener_owner'").fetchone()
             is not None
         )
-        with role(admin, "managing", "login nosuperuser createrole"):
-            admin.execute("grant create on schema public to managing")
-            admin.execute(f'grant create on database "{admin.info.dbname}" to managing'.encode())
+        with creator(admin, "managing", "login nosuperuser createrole"):
             if owner_existed:
                 admin.execute("grant listener_owner to managing with admin option")
             with with_events(
